@@ -1,0 +1,98 @@
+"""The one contract that every detector keeps, so that training, scoring and saving know only this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from umiad.config import DetectorConfig
+from umiad.types import Scores
+
+
+@dataclass(frozen=True)
+class DetectorInfo:
+    """Facts about a detector that do not depend on its configuration.
+
+    `fidelity` "paper" = the published method, "adapted" = no one-class detector in its own paper.
+    `closed_form` detectors collect statistics and finish; they have no gradients and no epochs.
+    """
+
+    name: str
+    summary: str
+    reference: str
+    fidelity: Literal["paper", "adapted"] = "paper"
+    closed_form: bool = False
+    deterministic: bool = True
+    localises: bool = True
+    uses_pixels: bool = True
+    supports_resume: bool = True
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """A model that is fitted on normal images only; higher scores = more anomalous, always.
+
+    It never sees a path, a mask, a label, a trainer or a logger. Images are float32 [B,3,S,S], normalised,
+    S = `config.size`. `prepare` runs the frozen parts (cached once per image by `features.py`);
+    `score(images)` equals `score_prepared(prepare(images))`.
+    """
+
+    info: ClassVar[DetectorInfo]
+    config: Any  # a DetectorConfig; rebuilt from it and `state`
+    module: nn.Module
+
+    def prepare(self, images: Tensor) -> dict[str, Tensor]:
+        """What the frozen parts yield for images [B,3,S,S]: tensors whose first axis is the batch."""
+        ...
+
+    def steps(self, prepared: dict[str, Tensor], rng: torch.Generator) -> Iterator[dict[str, Tensor]]:
+        """One or more dictionaries of losses per batch; each "total" is minimised in turn."""
+        ...
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimiser."""
+        ...
+
+    def monitor(self, prepared: dict[str, Tensor]) -> dict[str, float]:
+        """Numbers worth watching on a batch, without gradients; "nats_per_dim" where there is a likelihood."""
+        ...
+
+    def score(self, images: Tensor) -> Scores:
+        """Scores of images [B,3,S,S]; raises NotFittedError before fitting, InputError on a wrong shape."""
+        ...
+
+    def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
+        """The same from what `prepare` returned."""
+        ...
+
+    def parts(self) -> dict[str, nn.Module]:
+        """Named parts for parameter counts."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """All tensors, backbone included: with `config` enough to rebuild."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Fill from `state`; afterwards the detector counts as fitted."""
+        ...
+
+
+@runtime_checkable
+class CollectingDetector(Detector, Protocol):
+    """A closed form: statistics are collected batch by batch, then finished."""
+
+    def collect(self, prepared: dict[str, Tensor]) -> None:
+        """Take one batch of prepared normal images."""
+        ...
+
+    def finish(self, rng: torch.Generator) -> None:
+        """Turn what was collected into the fitted model."""
+        ...
+
+
+__all__ = ["CollectingDetector", "Detector", "DetectorConfig", "DetectorInfo"]

@@ -1,0 +1,117 @@
+"""The values that travel between layers. Importing this module must not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NORMAL, ABNORMAL = 0, 1
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """One decoded image, upright, before any resizing.
+
+    `pixels` float32 [C,H,W] in 0..1 with C = 1 (grey) or 3 (RGB); `mode` and `bits` tell how it was
+    stored (Pillow's mode name, bits per channel); `notes` are remarks a user should see.
+    """
+
+    pixels: np.ndarray
+    name: str
+    mode: str = "L"
+    bits: int = 8
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.pixels.shape[1], self.pixels.shape[2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One examination unit.
+
+    `label` 0 normal, 1 abnormal, None unknown; `masks` are united; `kind` is the class folder it came
+    from ("benign"); `group` ties cases that must stay on one side of a split (patient, near-duplicates),
+    empty = its own; `split` is the official part ("train", "test") or empty; `image` holds the pixels
+    of a case that never was a file.
+    """
+
+    path: Path
+    label: int | None = None
+    masks: tuple[Path, ...] = ()
+    kind: str = ""
+    group: str = ""
+    split: str = ""
+    image: Image | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The path as the user gave it."""
+        return str(self.path)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What a detector says about a batch; higher = more anomalous, always.
+
+    `anomaly_map` float32 [B,H,W] at the model's size, `image_score` float32 [B]. Neither is a probability.
+    """
+
+    anomaly_map: Tensor
+    image_score: Tensor
+
+
+@dataclass(frozen=True)
+class Region:
+    """A connected region above the map threshold, in the original image's pixels.
+
+    `box` = (x0, y0, x1, y1), x1 and y1 exclusive; `area` in pixels; `peak` is the highest map value.
+    """
+
+    box: tuple[int, int, int, int]
+    area: int
+    peak: float
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """The result for one image; higher `image_score` = more anomalous. Not a diagnosis.
+
+    `anomaly_map` float32 [H,W] in the original image's pixels. `p_value` is the share of held-out normal
+    images that score at least as high, (1 + count) / (n + 1); None with a `reason` where the model has no
+    held-out normals, and then `above_threshold` is None and `regions` is empty.
+    """
+
+    name: str
+    image_score: float
+    anomaly_map: np.ndarray
+    p_value: float | None
+    above_threshold: bool | None
+    threshold: float | None
+    regions: tuple[Region, ...]
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, object]:
+        """The result as one JSON object (without the map)."""
+        height, width = self.anomaly_map.shape
+        return {
+            "file": self.name,
+            "image_score": self.image_score,
+            "p_value": self.p_value,
+            "above_threshold": self.above_threshold,
+            "threshold": self.threshold,
+            "height": height,
+            "width": width,
+            "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in self.regions],
+            "reason": self.reason or None,
+            "notes": list(self.notes),
+        }
