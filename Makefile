@@ -1,0 +1,56 @@
+# `make demo` and `make test` need nothing but Python 3.11+, make and pip.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Pretrained backbone weights, where a file is at hand (see README, "Weights").
+WEIGHTS ?= $(firstword $(wildcard ../shared/weights/*.safetensors) auto)
+DATA    ?= ../shared/data
+
+.PHONY: help demo test check slow bench tables setup clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    set up, then the main job on generated images (5 minutes)"
+	@echo "make test    set up, then the fast tests (10 minutes at most)"
+	@echo "make check   lint, format, types, layers, examples and fast tests"
+	@echo "make slow    packaging, corpora, long tests"
+	@echo "make bench   speed and memory, as ratios measured side by side"
+	@echo "make tables  run what is missing of the paper's protocol and render the tables"
+
+setup: $(STAMP)
+
+# torch first and pinned: a range would take the newest build, with gigabytes of CUDA packages.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: setup
+	$(BIN)/umiad demo --out demo-out --weights "$(WEIGHTS)"
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q --doctest-modules src tests
+
+slow: setup
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout=1800
+
+bench: setup
+	$(BIN)/python benchmarks/metrics_speed.py
+	$(BIN)/python benchmarks/speed.py --weights "$(WEIGHTS)"
+
+tables: setup
+	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/foundation.toml
+	$(BIN)/python benchmarks/tables.py
+
+clean:
+	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

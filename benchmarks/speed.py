@@ -1,0 +1,160 @@
+"""Speed and memory of scoring and fitting, as ratios to the bare encoder measured in the same run.
+
+    python benchmarks/speed.py --weights FILE
+
+Medians of alternating repetitions; memory is the peak of a fresh process above its imports.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from umiad.api import FitOptions, build, fit, load
+from umiad.detectors.check import clean_images, fit_quickly
+from umiad.detectors.contract import Detector
+from umiad.phantoms import write_phantoms
+
+TARGET = Path(__file__).parent / "results" / "speed_detectors.json"
+GOALS = {"score_batch1": 3.5, "score_batch8": 3.5, "epoch_cached": 2.5, "fit_peak_gb": 3.0, "score_peak_gb": 1.0}
+IMAGES = 96
+
+
+def alternate(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns, so that a busy machine slows all alike."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def score_ratios(detector: Detector, batch: int) -> dict[str, float]:
+    """Seconds of the encoder and of `score` on the same images."""
+    images, encoder = clean_images(batch, size=detector.config.size), detector.parts()["encoder"]
+
+    def bare() -> object:
+        with torch.inference_mode():
+            return encoder(images)
+
+    return alternate({"encoder": bare, "score": lambda: detector.score(images)}, repeats=15)
+
+
+def epoch_ratios(detector: Detector) -> dict[str, float]:
+    """Seconds of an encoder pass over the images, of a cached epoch and of an uncached one."""
+    batches = clean_images(IMAGES, size=detector.config.size).split(detector.config.training.batch_size)
+    prepared = [detector.prepare(batch) for batch in batches]
+    optimizer = torch.optim.Adam(detector.param_groups(), lr=detector.config.training.learning_rate)
+    rng, encoder = torch.Generator(), detector.parts()["encoder"]
+
+    def step(each: dict[str, torch.Tensor]) -> None:
+        for losses in detector.steps(each, rng):
+            optimizer.zero_grad()
+            losses["total"].backward()
+            optimizer.step()
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for batch in batches:
+                encoder(batch)
+
+    def cached() -> None:
+        for each in prepared:
+            step(each)
+
+    def uncached() -> None:
+        for batch in batches:
+            step(detector.prepare(batch))
+
+    return alternate({"encoder": bare, "cached": cached, "uncached": uncached}, repeats=3)
+
+
+def peak_gb(job: str, name: str, weights: str, folder: Path) -> float:
+    """Peak memory of a fresh process that fits or scores, above its imports, in GB."""
+    words = [sys.executable, __file__, "--job", job, "--detector", name, "--weights", weights, "--folder", str(folder)]
+    return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def run_job(job: str, name: str, weights: str, folder: Path) -> None:
+    """The body of that process; prints the peak above the imports."""
+    import lightning.pytorch
+    import matplotlib.figure
+    import monai.networks.nets  # noqa: F401
+
+    del lightning, matplotlib
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if job == "fit":
+        detector = build(name, preset="paper", weights=weights, settings={"training": {"epochs": 2}})
+        fit(detector, folder / "phantoms", options=FitOptions(holdout=0.2), out=folder / f"model-{name}")
+    else:
+        model = load(folder / f"model-{name}")
+        model.score(sorted((folder / "phantoms" / "normal").glob("*.png"))[:32])
+    sys.stdout.write(f"{(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6:.3f}\n")
+
+
+def measure(name: str, weights: str) -> dict[str, Any]:
+    """All figures of one detector, each beside its goal."""
+    detector = build(name, preset="paper", weights=weights)
+    fit_quickly(detector, clean_images(8, size=256), steps=1)
+    found: dict[str, Any] = {}
+    for batch in (1, 8):
+        seconds = score_ratios(detector, batch)
+        found[f"score_batch{batch}"] = seconds["score"] / seconds["encoder"]
+    if not detector.info.closed_form:
+        seconds = epoch_ratios(detector)
+        found["epoch_cached"] = seconds["cached"] / seconds["encoder"]
+        found["epoch_uncached_over_cached"] = seconds["uncached"] / seconds["cached"]
+    with tempfile.TemporaryDirectory() as folder:
+        write_phantoms(Path(folder) / "phantoms", n_normal=100, n_abnormal=4, size=256)
+        found["fit_peak_gb"] = peak_gb("fit", name, weights, Path(folder))
+        found["score_peak_gb"] = peak_gb("score", name, weights, Path(folder))
+    return {key: {"value": round(value, 3), "goal": GOALS.get(key)} for key, value in found.items()}
+
+
+def main() -> None:
+    """Measure every named detector and write benchmarks/results/speed_detectors.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", default="random")
+    parser.add_argument("--detectors", default="egmf,padim")
+    parser.add_argument("--job", choices=["fit", "score"], help=argparse.SUPPRESS)
+    parser.add_argument("--detector", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    weights = "random" if options.weights == "auto" else options.weights
+    if options.job:
+        run_job(options.job, options.detector, weights, options.folder)
+        return
+    figures = {name: measure(name, weights) for name in options.detectors.split(",")}
+    facts = {
+        "unit": "ratio to the bare encoder on the same images (score, epoch); GB above the imports (peaks)",
+        "preset": "paper",
+        "size": 256,
+        "images_per_epoch": IMAGES,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "detectors": figures,
+    }
+    TARGET.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for name, rows in figures.items():
+        for key, row in rows.items():
+            goal = "" if row["goal"] is None else f"  (goal: at most {row['goal']})"
+            print(f"{name:8} {key:28} {row['value']:8.3f}{goal}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The public functions: build, fit, calibrate, score, evaluate, save, load. Higher score = more anomalous."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from umiad import detectors
+from umiad import weights as backbones
+from umiad.config import check_size
+from umiad.data import list_images
+from umiad.detectors.contract import Detector
+from umiad.duplicates import file_sha256
+from umiad.evaluation import Evaluation, evaluate_model
+from umiad.fitted import FittedModel, load
+from umiad.fitting import Data, FitOptions, Reporter, fit_model
+from umiad.inputs import ImageInput, iter_images
+from umiad.splits import Split
+from umiad.types import Finding
+
+__all__ = [
+    "Evaluation",
+    "FitOptions",
+    "FittedModel",
+    "build",
+    "calibrate",
+    "evaluate",
+    "fit",
+    "load",
+    "save",
+    "score",
+]
+
+
+def build(
+    detector: str = "egmf",
+    *,
+    preset: str = "default",
+    weights: str | os.PathLike[str] = "imagenet",
+    size: int = 256,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Detector:
+    """Build an unfitted detector.
+
+    `detector` and `preset`: see `umiad detectors`. `weights` of the ResNet18 backbone: "imagenet" (cache, else
+    download), "random", a label in the cache, or a file. `size`: edge in pixels the images are stretched to,
+    a multiple of 32 from 64 up. `settings` override fields of the preset, for example
+    {"fusion": "none"} or {"training": {"epochs": 5}}.
+
+    Raises ConfigError for an unknown name or value, InputError or ModelFileError for unusable weights.
+    """
+    check_size(size)
+    chosen = backbones.resolve(os.fspath(weights))
+    overrides = dict(settings or {})
+    cls = detectors.detector_class(detector)
+    training = {**cls.presets.get(preset, {}).get("training", {}), **overrides.pop("training", {})}
+    common: dict[str, Any] = {"size": size, "seed": seed, "weights": chosen.label, **overrides}
+    config = detectors.preset_config(detector, preset, **common, training=training)
+    return detectors.make(detector, config.canonical(), chosen.state)
+
+
+def fit(
+    detector: Detector | str,
+    data: Data,
+    *,
+    options: FitOptions | None = None,
+    groups: Mapping[str, str] | Split | None = None,
+    out: str | os.PathLike[str] | None = None,
+    reporter: Reporter | None = None,
+) -> FittedModel:
+    """Fit a detector (or the default preset of a named one) on the normal images of `data`.
+
+    `data`: a folder or CSV manifest (see `umiad check-data`), or arrays, all taken as normal. Abnormal and
+    test images in it are only counted, never shown to the detector. `options`: hold-out for the threshold,
+    seed of the split and more; `groups`: extra groups of images that must stay together, or a whole `Split`;
+    `out`: also write the model there, keeping a resumable state while fitting.
+
+    Raises InputError before the first epoch when the data cannot be used, TrainingError when training fails.
+    """
+    chosen = build(detector) if isinstance(detector, str) else detector
+    target = Path(out) if out is not None else None
+    return fit_model(chosen, data, options or FitOptions(), groups=groups, out=target, reporter=reporter)
+
+
+def score(model: FittedModel, images: ImageInput, *, min_area: int = 1) -> list[Finding]:
+    """One `Finding` per image; higher `image_score` = more anomalous. See `FittedModel.score`."""
+    return model.score(images, min_area=min_area)
+
+
+def calibrate(
+    model: FittedModel, normals: str | os.PathLike[str] | Sequence[Path], *, fpr: float = 0.05
+) -> FittedModel:
+    """A model whose thresholds come from a site's own normal images, without refitting.
+
+    `normals`: a folder or files, all normal. `fpr`: the false-positive rate the threshold keeps, bounded from
+    below by 1 / (n + 1). Raises InputError when there are none, when one cannot be read or was fitted on.
+    """
+    given = [normals] if isinstance(normals, (str, os.PathLike)) else list(normals)
+    files, _ = list_images(given)
+    images = (image for file in files for image in iter_images(file))
+    return model.calibrated(images, [file_sha256(file) for file in files], fpr=fpr)
+
+
+def evaluate(
+    model: FittedModel, data: Data, *, n_resamples: int = 1000, seed: int = 0, reporter: Reporter | None = None
+) -> Evaluation:
+    """Metrics with 95 % intervals on the test part of `data`. See `umiad.evaluation.evaluate_model`."""
+    return evaluate_model(model, data, n_resamples=n_resamples, seed=seed, reporter=reporter)
+
+
+def save(model: FittedModel, path: str | os.PathLike[str]) -> Path:
+    """Write the model directory atomically; raises DiskError, InputError when foreign files lie there."""
+    return model.save(path)

@@ -1,0 +1,244 @@
+"""Commands around a model: check-data, fit, score, evaluate, calibrate, inspect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from umiad.cli.app import app, command, console, print_json, set_threads
+from umiad.progress import RichReporter
+
+if TYPE_CHECKING:
+    from umiad.batch import Summary
+
+Data = Annotated[Path, typer.Argument(help="Folder of images, or a .csv manifest.", metavar="DATA")]
+Model = Annotated[Path, typer.Argument(help="Saved model (a directory).", metavar="MODEL")]
+Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all).")]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", help="Where to compute; auto = best present.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+Groups = Annotated[
+    Path | None, typer.Option("--groups", help="CSV path,group: images that must stay on one side of a split.")
+]
+Holdout = Annotated[
+    float,
+    typer.Option("--holdout", min=0.0, max=0.89, help="Share of training normals kept for the threshold; 0 = none."),
+]
+Fpr = Annotated[float, typer.Option("--fpr", help="False-positive rate that the threshold keeps.")]
+Size = Annotated[int, typer.Option("--size", help="Edge in pixels; a multiple of 32 from 64 up.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the split and of the detector.")]
+MinArea = Annotated[int, typer.Option("--min-area", min=1, help="Leave out regions below this many pixels.")]
+
+
+@app.command("check-data")
+@command
+def check_data(
+    data: Data, seed: Seed = 0, holdout: Holdout = 0.2, groups: Groups = None, json: Json = False
+) -> int:
+    """Show what is in a data set, what is wrong with it, and which split would be made."""
+    from umiad.data import load_data
+    from umiad.duplicates import fingerprints
+    from umiad.splits import read_groups
+    from umiad.survey import render, survey
+
+    found = load_data(data)
+    with RichReporter(console(err=True)) as reporter:
+        prints = fingerprints(found.cases, progress=lambda n, of: reporter.stage("reading images", n, of))
+    given = read_groups(groups) if groups else None
+    result = survey(found, prints, seed=seed, holdout=holdout, groups=given)
+    if json:
+        print_json(result.to_json())
+    else:
+        render(result, console())
+    return 3 if any(problem.level == "error" for problem in result.problems) else 0
+
+
+@app.command("fit")
+@command
+def fit(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="Where to write the model (a directory).")],
+    detector: Annotated[str, typer.Option("--detector", help="See `umiad detectors`.")] = "egmf",
+    preset: Annotated[str, typer.Option("--preset", help="default, paper or quick.")] = "default",
+    size: Size = 256,
+    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the preset's.")] = None,
+    seed: Seed = 0,
+    holdout: Holdout = 0.2,
+    weights: Annotated[
+        str, typer.Option("--weights", help="Backbone: imagenet, random, a label in the cache, or a file.")
+    ] = "imagenet",
+    fpr: Fpr = 0.05,
+    colour: Annotated[Literal["grey", "rgb"], typer.Option(help="grey: luminance only.")] = "grey",
+    intensity: Annotated[
+        Literal["full", "percentile"], typer.Option(help="percentile: stretch each image's 1st..99th.")
+    ] = "full",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Detector setting, e.g. fusion=none; repeatable.")
+    ] = None,
+    groups: Groups = None,
+    split: Annotated[Path | None, typer.Option("--split", help="Reproduce the split of this split.json.")] = None,
+    on_error: Annotated[
+        Literal["fail", "skip"], typer.Option("--on-error", help="What to do with unreadable files.")
+    ] = "fail",
+    device: Device = "auto",
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
+) -> None:
+    """Learn from the normal images of DATA and save the model.
+
+    Abnormal images in DATA are never shown to the detector. Ctrl-C finishes the epoch and leaves
+    OUT.work; repeat the command with --resume to go on.
+    """
+    from umiad.config import check_size
+
+    check_size(size)
+    set_threads(threads)
+    from umiad import api, fitting
+    from umiad.cli.settings import parse_settings
+    from umiad.splits import Split, read_groups
+
+    chosen = parse_settings(settings or [])
+    if epochs is not None:
+        chosen["training"] = {**chosen.get("training", {}), "epochs": epochs}
+    built = api.build(detector, preset=preset, weights=weights, size=size, seed=seed, settings=chosen)
+    options = api.FitOptions(
+        holdout=holdout, seed=seed, fpr=fpr, colour=colour, intensity=intensity, on_error=on_error, device=device
+    )
+    grouped = Split.read(split) if split else read_groups(groups) if groups else None
+    with RichReporter(console(err=True)) as reporter:
+        reporter.note(f"{detector} ({preset}), backbone weights: {built.config.weights}")
+        if epochs is not None and built.info.closed_form:
+            reporter.note(f"--epochs has no effect: {detector} is a closed form")
+        if built.config.weights == "random":
+            reporter.note("random backbone weights: scores will be weak; see `umiad weights --help`")
+        model = fitting.fit_model(built, data, options, groups=grouped, out=out, resume=resume, reporter=reporter)
+    facts = model.info
+    typer.echo(f"saved {out}: {facts['n_train']} normal images fitted, {facts['n_holdout']} held out")
+    typer.echo(f"threshold: {_threshold(facts)}")
+
+
+@app.command("score")
+@command
+def score(
+    model: Model,
+    paths: Annotated[list[Path], typer.Argument(help="Images and folders, any mix.", metavar="PATH...")],
+    out: Out,
+    pictures: Annotated[Literal["overlay", "none"], typer.Option(help="A picture per image.")] = "overlay",
+    maps: Annotated[
+        Literal["npy", "png16", "none"], typer.Option(help="The anomaly map per image, in the image's own pixels.")
+    ] = "npy",
+    min_area: MinArea = 1,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> int:
+    """Score images: a JSON line, a map and a picture each, and a report.
+
+    Writes scores.jsonl, maps/, pictures/, summary.json and report.html into OUT. Unreadable files are
+    skipped, named and counted; the exit code is then 3.
+    """
+    set_threads(threads)
+    from umiad import api, batch, fitting
+
+    loaded = api.load(model).to(fitting.resolve_device(device))
+    outputs = batch.Outputs(pictures=pictures, maps=maps, min_area=min_area)
+    with RichReporter(console(err=True)) as reporter:
+        summary = batch.score_files(loaded, paths, out, outputs=outputs, reporter=reporter)
+    if json:
+        print_json(summary.to_json())
+    else:
+        _print_summary(summary, loaded.info)
+    return 3 if summary.skipped else 0
+
+
+@app.command("evaluate")
+@command
+def evaluate(
+    model: Model,
+    data: Data,
+    out: Out,
+    resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples for the intervals.")] = 1000,
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Metrics with 95 % intervals on the test part of DATA, curves, best and worst cases.
+
+    The test part is the official one, or the one of the split stored in the model. An image that was
+    fitted, held out or calibrated on is an error there. Writes metrics.json and report.html into OUT.
+    """
+    set_threads(threads)
+    from umiad import api, fitting, report_files
+
+    loaded = api.load(model).to(fitting.resolve_device(device))
+    with RichReporter(console(err=True)) as reporter:
+        result = api.evaluate(loaded, data, n_resamples=resamples, reporter=reporter)
+    report_files.write_evaluation(loaded, result, out)
+    if json:
+        print_json(result.to_json())
+        return
+    for name, metric in result.metrics.items():
+        typer.echo(f"{name:22} {_metric(metric)}")
+    typer.echo(f"{result.counts['n_normal']} normal and {result.counts['n_abnormal']} abnormal test images")
+    typer.echo(f"report: {out / 'report.html'}")
+
+
+@app.command("calibrate")
+@command
+def calibrate(
+    model: Model,
+    normals: Annotated[Path, typer.Argument(help="Folder of normal images.", metavar="NORMALS")],
+    fpr: Fpr = 0.05,
+    out: Annotated[Path | None, typer.Option("--out", help="Write here instead of changing MODEL.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Reset the threshold from a site's own normal images, without refitting."""
+    from umiad import api, fitting
+
+    loaded = api.load(model).to(fitting.resolve_device(device))
+    fresh = api.calibrate(loaded, normals, fpr=fpr)
+    fresh.save(out or model)
+    typer.echo(f"threshold before: {_threshold(loaded.info)}")
+    typer.echo(f"threshold now:    {_threshold(fresh.info)}")
+
+
+@app.command("inspect")
+@command
+def inspect(model: Model, json: Json = False) -> None:
+    """Show what a saved model is, where it comes from and how its threshold was chosen."""
+    from umiad import api
+
+    loaded = api.load(model)
+    if json:
+        print_json({"info": loaded.info, "config": loaded.config.canonical()})
+        return
+    for key, value in loaded.info.items():
+        typer.echo(f"{key:22} {'-' if value is None else value}")
+
+
+def _threshold(facts: dict[str, str | int | float | None]) -> str:
+    value = facts["image_threshold"]
+    return f"{facts['threshold_rule']}" if value is None else f"{value:.6g} ({facts['threshold_rule']})"
+
+
+def _metric(metric: dict[str, object]) -> str:
+    value, interval = metric["value"], metric["ci95"]
+    if not isinstance(value, float):
+        return f"-  ({metric['reason']})"
+    text = f"{value:.4f}"
+    return f"{text}  [{interval[0]:.4f}, {interval[1]:.4f}]" if isinstance(interval, (list, tuple)) else text
+
+
+def _print_summary(summary: Summary, facts: dict[str, str | int | float | None]) -> None:
+    typer.echo(f"{len(summary.findings)} images scored, {len(summary.skipped)} skipped")
+    if facts["image_threshold"] is None:
+        typer.echo(f"no threshold: {facts['threshold_rule']}")
+    else:
+        typer.echo(f"{summary.above} above the threshold {_threshold(facts)}")
+    for name, reason in summary.skipped:
+        typer.echo(f"skipped {name}: {reason}", err=True)
+    typer.echo(f"report: {summary.folder / 'report.html'}")

@@ -1,0 +1,258 @@
+"""Cases with labels and masks x fitted model -> metrics with intervals, curves and telling examples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from umiad.bootstrap import evaluate_scores
+from umiad.data import DataSet
+from umiad.errors import InputError
+from umiad.fitted import FittedModel
+from umiad.fitting import Data, Reporter, Silent, as_dataset, case_hash, case_image
+from umiad.io import read_mask
+from umiad.metrics import UndefinedMetric, pro_curve, roc_points
+from umiad.preprocess import resize_mask
+from umiad.types import ABNORMAL, NORMAL, Case, Image
+
+EXAMPLES = 6
+"""Pictures of the best and of the worst cases that a report shows."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One test case: its score and what the model's threshold says about it."""
+
+    name: str
+    kind: str
+    label: int
+    group: str
+    image_score: float
+    p_value: float | None
+    above_threshold: bool | None
+    has_mask: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` returns; `to_json` is what `metrics.json` holds.
+
+    `metrics`: name -> {"value", "ci95", "n_resamples", "reason"}, fractions; undefined = null with a reason.
+    `roc` and `pro`: points (x, y) for drawing. `examples`: cases worth looking at, by heading.
+    """
+
+    metrics: dict[str, dict[str, Any]]
+    counts: dict[str, int]
+    provenance: dict[str, Any]
+    notes: tuple[str, ...]
+    cases: tuple[CaseResult, ...]
+    roc: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    pro: tuple[list[float], list[float]] | None = None
+    examples: dict[str, tuple[Case, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Metrics, counts, provenance, notes and one row per case, as plain values."""
+        cases = [vars(case) for case in self.cases]
+        return {
+            "metrics": self.metrics,
+            "counts": self.counts,
+            "provenance": self.provenance,
+            "notes": list(self.notes),
+            "cases": cases,
+        }
+
+
+@dataclass(frozen=True)
+class _Test:
+    """The test part of a data set for one model."""
+
+    cases: tuple[Case, ...]
+    groups: tuple[str, ...]
+    rule: str
+    notes: tuple[str, ...]
+
+
+def evaluate_model(
+    model: FittedModel,
+    data: Data,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Score the test part of `data` and compute every metric with its 95 % interval.
+
+    The test part is the official one where the data has it, else the one of the split stored in the model
+    (by content hash), else, for data the model never saw, all of it. Raises InputError when an image that
+    shaped the model (fitted, held out or calibrated on) is in the test part, or when there is nothing to test.
+    """
+    reporter = reporter or Silent()
+    test = _test_part(model, as_dataset(data))
+    scores, maps, masks = _score(model, test.cases, reporter)
+    labels = np.array([case.label for case in test.cases])
+    calibration = model.config.calibration
+    reporter.stage("metrics", 0, 1)
+    metrics = evaluate_scores(
+        scores,
+        labels,
+        list(test.groups),
+        maps,
+        masks,
+        image_threshold=calibration.image_threshold if calibration else None,
+        map_threshold=calibration.map_threshold if calibration else None,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    reporter.stage("metrics", 1, 1)
+    return Evaluation(
+        metrics=metrics,
+        counts=_counts(test, masks),
+        provenance={**model.info, "test_part": test.rule, "bootstrap_seed": seed},
+        notes=test.notes,
+        cases=tuple(_results(model, test, scores, masks)),
+        roc=_roc(scores, labels, maps, masks),
+        pro=_pro(maps, masks),
+        examples=_examples(test.cases, scores),
+    )
+
+
+def _test_part(model: FittedModel, dataset: DataSet) -> _Test:
+    labelled = [case for case in dataset.cases if case.label is not None]
+    hashes = {case: case_hash(case) for case in labelled}
+    known = {entry.sha256: entry for entry in model.split.entries}
+    if any(case.split for case in labelled):
+        chosen, rule = [case for case in labelled if case.split == "test"], "official test part of the data"
+    elif any(digest in known for digest in hashes.values()):
+        chosen = [case for case in labelled if (e := known.get(hashes[case])) and e.part == "test"]
+        rule = "test part of the split stored in the model"
+    else:
+        chosen, rule = labelled, "all images: the model has seen none of this data"
+    if not chosen:
+        raise InputError(
+            dataset.root,
+            "no labelled image belongs to the test part",
+            "evaluate the data the model was fitted on, or data with normal and abnormal images it never saw",
+        )
+    if leaked := [case.name for case in chosen if hashes[case] in model.fitted_hashes()]:
+        raise InputError(
+            leaked[0],
+            f"{len(leaked)} images of the test part were fitted, held out or calibrated on, expected none: "
+            + ", ".join(leaked[:5]),
+        )
+    new = sum(1 for digest in hashes.values() if digest not in known)
+    notes = list(dataset.notes)
+    if new and len(chosen) < len(labelled) and rule.startswith("test part"):
+        notes.append(f"{new} images are not in the model's split and were left out; evaluate them as a folder")
+    groups = tuple(entry.group if (entry := known.get(hashes[case])) else case.group for case in chosen)
+    return _Test(tuple(chosen), groups, rule, tuple(notes))
+
+
+def _score(
+    model: FittedModel, cases: Sequence[Case], reporter: Reporter
+) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
+    """Image scores [N], maps [N,S,S] and masks (None where an abnormal case has none)."""
+    size = model.config.preprocessing.size
+    scores = np.empty(len(cases))
+    maps = np.empty((len(cases), size, size), dtype=np.float32)
+    masks: list[np.ndarray | None] = []
+
+    def images() -> Iterator[Image]:
+        for case in cases:
+            image = case_image(case)
+            masks.append(_mask(case, image, size))
+            yield image
+
+    for row, (_, score, small_map) in enumerate(model.score_images(images())):
+        scores[row], maps[row] = score, small_map
+        reporter.stage("scoring", row + 1, len(cases))
+    return scores, maps, masks
+
+
+def _mask(case: Case, image: Image, size: int) -> np.ndarray | None:
+    if case.masks:
+        return resize_mask(read_mask(case.masks, size=image.size), (size, size))
+    return np.zeros((size, size), dtype=bool) if case.label == NORMAL else None
+
+
+def _counts(test: _Test, masks: Sequence[np.ndarray | None]) -> dict[str, int]:
+    abnormal = [mask for case, mask in zip(test.cases, masks, strict=True) if case.label == ABNORMAL]
+    return {
+        "n_normal": len(test.cases) - len(abnormal),
+        "n_abnormal": len(abnormal),
+        "n_masked": sum(mask is not None and bool(mask.any()) for mask in abnormal),
+    }
+
+
+def _results(
+    model: FittedModel, test: _Test, scores: np.ndarray, masks: Sequence[np.ndarray | None]
+) -> Iterator[CaseResult]:
+    calibration = model.config.calibration
+    for case, group, score, mask in zip(test.cases, test.groups, scores.tolist(), masks, strict=True):
+        yield CaseResult(
+            name=case.name,
+            kind=case.kind,
+            label=int(case.label or 0),
+            group=group,
+            image_score=score,
+            p_value=calibration.p_value(score) if calibration else None,
+            above_threshold=calibration.is_above(score) if calibration else None,
+            has_mask=mask is not None and bool(mask.any()),
+        )
+
+
+def _judged(maps: np.ndarray, masks: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Maps and masks of the cases that count for pixel metrics; None where no lesion has a mask."""
+    rows = [row for row, mask in enumerate(masks) if mask is not None]
+    chosen = [mask for mask in masks if mask is not None]
+    if not any(mask.any() for mask in chosen):
+        return None
+    return (maps if len(rows) == len(maps) else maps[rows]), np.stack(chosen)
+
+
+def _roc(
+    scores: np.ndarray, labels: np.ndarray, maps: np.ndarray, masks: Sequence[np.ndarray | None]
+) -> dict[str, tuple[list[float], list[float]]]:
+    if len(set(labels.tolist())) < 2:
+        return {}
+    curves = {"images": _listed(roc_points(scores, labels))}
+    if (judged := _judged(maps, masks)) is not None:
+        curves["pixels"] = _listed(roc_points(judged[0].ravel(), judged[1].ravel()))
+    return curves
+
+
+def _pro(maps: np.ndarray, masks: Sequence[np.ndarray | None]) -> tuple[list[float], list[float]] | None:
+    judged = _judged(maps, masks)
+    if judged is None:
+        return None
+    try:
+        return _listed(pro_curve(*judged))
+    except UndefinedMetric:
+        return None
+
+
+def _listed(points: Iterable[Any]) -> tuple[list[float], list[float]]:
+    xs, ys = (np.asarray(part, dtype=float).tolist() for part in points)
+    return xs, ys
+
+
+def _examples(cases: Sequence[Case], scores: np.ndarray) -> dict[str, tuple[Case, ...]]:
+    """The cases worth looking at: how the model succeeds and how it fails."""
+    order = np.argsort(-scores, kind="stable")
+    abnormal = [cases[k] for k in order if cases[k].label == ABNORMAL]
+    normal = [cases[k] for k in order if cases[k].label == NORMAL]
+    found = {
+        "Abnormal images with the highest scores": tuple(abnormal[:EXAMPLES]),
+        "Normal images with the lowest scores": tuple(normal[::-1][:EXAMPLES]),
+        "Abnormal images with the lowest scores (misses)": tuple(abnormal[::-1][:EXAMPLES]),
+        "Normal images with the highest scores (false alarms)": tuple(normal[:EXAMPLES]),
+    }
+    return {title: chosen for title, chosen in found.items() if chosen}
+
+
+def data_path(data: Data) -> str:
+    """A name for `data` in reports."""
+    return os.fspath(data) if isinstance(data, (str, os.PathLike)) else "arrays"

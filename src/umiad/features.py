@@ -1,0 +1,137 @@
+"""What detectors prepare from frozen parts, computed once per image and kept: in memory, or on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from umiad.errors import DiskError
+
+if TYPE_CHECKING:
+    from umiad.detectors.contract import Detector
+
+MEMORY_LIMIT = 1 << 30
+"""Bytes of features kept in memory by default; 99 images at 256 px of egmf's take 0.2 GB."""
+
+Progress = Callable[[int, int], None]
+
+
+class FeatureCache:
+    """Prepared features of n images as rows: `cache.rows([3, 0])` gives a batch of those two.
+
+    Up to `memory_limit` bytes the rows live in memory, above it in a memory-mapped temporary folder that
+    `close` (or leaving the `with` block) removes. `keys` name the images (content hash, and variant such
+    as a flip); a key that occurs twice is stored once.
+    """
+
+    def __init__(
+        self, keys: Sequence[str], *, memory_limit: int = MEMORY_LIMIT, folder: Path | None = None
+    ) -> None:
+        self.keys = tuple(keys)
+        self._row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
+        self._rows = [self._row_of[key] for key in keys]
+        self._limit = memory_limit
+        self._parent = folder
+        self._folder: Path | None = None
+        self._store: dict[str, Tensor] = {}
+
+    def __enter__(self) -> FeatureCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether the rows had to go to disk."""
+        return self._folder is not None
+
+    @property
+    def unique(self) -> int:
+        """Number of rows stored: images of equal content are stored once."""
+        return len(self._row_of)
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """The prepared features of images `indices`, in that order; raises IndexError out of range."""
+        rows = torch.tensor([self._rows[index] for index in indices])
+        return {name: values[rows] for name, values in self._store.items()}
+
+    def fill(
+        self,
+        detector: Detector,
+        images: Iterable[tuple[str, np.ndarray]],
+        *,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> FeatureCache:
+        """Prepare each distinct key once. `images` yields (key, input [3,S,S]) in any order."""
+        done: set[str] = set()
+        for batch in _batches((pair for pair in _first_of_each(images)), batch_size):
+            rows = torch.tensor([self._row_of[key] for key, _ in batch])
+            inputs = torch.from_numpy(np.stack([image for _, image in batch]))
+            device = next(iter(detector.module.state_dict().values())).device
+            prepared = detector.prepare(inputs.to(device))
+            if not self._store:
+                self._allocate(prepared)
+            for name, values in prepared.items():
+                self._store[name][rows] = values.cpu()
+            done.update(key for key, _ in batch)
+            if progress is not None:
+                progress(len(done), len(self._row_of))
+        return self
+
+    def close(self) -> None:
+        """Forget the features and remove the temporary folder, if there is one."""
+        self._store = {}
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _allocate(self, prepared: dict[str, Tensor]) -> None:
+        n = len(self._row_of)
+        needed = sum(n * values[0].numel() * values.element_size() for values in prepared.values())
+        if needed <= self._limit:
+            self._store = {k: torch.empty((n, *v.shape[1:]), dtype=v.dtype) for k, v in prepared.items()}
+            return
+        self._folder = Path(tempfile.mkdtemp(prefix="umiad-features-", dir=self._parent))
+        free = shutil.disk_usage(self._folder).free
+        if free < needed:
+            folder = self._folder
+            self.close()
+            raise DiskError(
+                f"{folder}: caching features needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free "
+                "(set TMPDIR to a larger disk, or fit on fewer images)"
+            )
+        for name, values in prepared.items():
+            shape, dtype = (n, *values.shape[1:]), values.cpu().numpy().dtype
+            mapped = np.memmap(self._folder / f"{name}.bin", dtype=dtype, mode="w+", shape=shape)
+            self._store[name] = torch.from_numpy(mapped)
+
+
+def _first_of_each(images: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    seen: set[str] = set()
+    for key, image in images:
+        if key not in seen:
+            seen.add(key)
+            yield key, image
+
+
+def _batches(pairs: Iterable[tuple[str, np.ndarray]], size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
+    batch: list[tuple[str, np.ndarray]] = []
+    for pair in pairs:
+        batch.append(pair)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

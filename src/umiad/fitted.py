@@ -1,0 +1,173 @@
+"""A fitted detector with all that belongs to it: preprocessing, calibration, split and provenance."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from umiad import detectors, modelfile
+from umiad.calibration import Calibration, fit_calibration, make_finding
+from umiad.config import Config, Preprocessing
+from umiad.detectors.contract import Detector
+from umiad.errors import ConfigError, InputError, ModelFileError
+from umiad.inputs import ImageInput, iter_images
+from umiad.preprocess import resize_map, to_input
+from umiad.splits import Split
+from umiad.types import Finding, Image, Scores
+
+BATCH_SIZE = 8
+NO_CALIBRATION = "fitted with --holdout 0: no held-out normal images (umiad calibrate sets a threshold)"
+
+
+class SavedConfig(Config):
+    """What `config.json` of a saved model holds.
+
+    `map_reference` is the largest map value on normal images; it ties the colour scale of pictures where
+    there is no threshold. `provenance` tells where the model comes from.
+    """
+
+    detector: str
+    detector_config: dict[str, Any]
+    preprocessing: Preprocessing
+    calibration: Calibration | None = None
+    calibration_hashes: tuple[str, ...] = ()
+    map_reference: float
+    provenance: dict[str, str | int | float | None]
+
+
+class FittedModel:
+    """What users hold after `fit` or `load`. Higher scores = more anomalous; scores are no probabilities.
+
+    `model.score(x)` gives one `Finding` per image, `model.save(path)` writes it, `model.info` describes it.
+    """
+
+    def __init__(
+        self, detector: Detector, config: SavedConfig, split: Split, *, extras: Mapping[str, bytes] | None = None
+    ) -> None:
+        self.detector = detector
+        self.config = config
+        self.split = split
+        self.extras = dict(extras or {})
+
+    def __repr__(self) -> str:
+        facts = ", ".join(f"{key}={value}" for key, value in self.info.items() if value is not None)
+        return f"FittedModel({facts})"
+
+    @property
+    def info(self) -> dict[str, str | int | float | None]:
+        """Detector, size, provenance and thresholds in one flat dictionary."""
+        calibration = self.config.calibration
+        return {
+            "detector": self.config.detector,
+            "size": self.config.preprocessing.size,
+            **self.config.provenance,
+            "image_threshold": calibration.image_threshold if calibration else None,
+            "map_threshold": calibration.map_threshold if calibration else None,
+            "threshold_rule": calibration.rule if calibration else NO_CALIBRATION,
+        }
+
+    def to(self, device: str) -> FittedModel:
+        """Move the detector to "cpu", "cuda" or "mps"; returns the model itself."""
+        self.detector.module.to(device)
+        return self
+
+    def score(self, images: ImageInput, *, min_area: int = 1) -> list[Finding]:
+        """One `Finding` per image, in order; higher `image_score` = more anomalous.
+
+        `images`: a path, an array [H,W], [H,W,C] or [N,H,W] (uint8 0..255, uint16 0..65535, float 0..1), or a
+        sequence of these of mixed sizes. Maps, boxes and areas are in the original image's pixels; regions
+        smaller than `min_area` pixels are left out. Raises InputError for what cannot be used.
+        """
+        pairs = self.score_images(iter_images(images))
+        return [self.finding(image, *raw, min_area=min_area) for image, *raw in pairs]
+
+    def score_images(self, images: Iterable[Image]) -> Iterator[tuple[Image, float, np.ndarray]]:
+        """Yield (image, image_score, anomaly_map [S,S] at the model's size), a batch of 8 at a time."""
+        stream = iter(images)
+        while batch := list(itertools.islice(stream, BATCH_SIZE)):
+            scores = self.score_inputs(np.stack([to_input(each, self.config.preprocessing) for each in batch]))
+            maps, values = scores.anomaly_map.numpy(), scores.image_score.tolist()
+            yield from zip(batch, values, maps, strict=True)
+
+    def score_inputs(self, inputs: np.ndarray) -> Scores:
+        """Scores of preprocessed inputs [B,3,S,S], on the CPU. One path for everything that scores."""
+        device = next(iter(self.detector.module.state_dict().values())).device
+        scores = self.detector.score(torch.from_numpy(inputs).to(device))
+        return Scores(scores.anomaly_map.cpu(), scores.image_score.cpu())
+
+    def finding(
+        self, image: Image, image_score: float, small_map: np.ndarray, *, min_area: int = 1
+    ) -> Finding:
+        """Turn raw scores into a finding in the original image's pixels."""
+        anomaly_map = resize_map(small_map, image.size)
+        calibration, notes = self.config.calibration, image.notes
+        return make_finding(image.name, image_score, anomaly_map, calibration, min_area=min_area, notes=notes)
+
+    def calibrated(self, images: Iterable[Image], hashes: Iterable[str], *, fpr: float) -> FittedModel:
+        """A copy whose thresholds come from other normal images; the fitted detector is shared.
+
+        Raises InputError when one of the images was used to fit, ConfigError when `fpr` is not in (0, 1).
+        """
+        known = tuple(hashes)
+        if seen := set(known) & set(self.split.hashes("train")):
+            raise InputError(
+                "calibration images", f"{len(seen)} of {len(known)} were used to fit the model, expected none"
+            )
+        raw = [(value, float(small.max())) for _, value, small in self.score_images(images)]
+        calibration = fit_calibration([s for s, _ in raw], [m for _, m in raw], fpr=fpr, source="calibrate")
+        config = self.config.model_copy(update={"calibration": calibration, "calibration_hashes": known})
+        return FittedModel(self.detector, config, self.split, extras=self.extras)
+
+    def fitted_hashes(self) -> set[str]:
+        """Content hashes of every image that shaped the model: fitted, held out or calibrated on."""
+        used = {*self.split.hashes("train"), *self.split.hashes("holdout")}
+        return used | set(self.config.calibration_hashes)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the model directory atomically (DESIGN: config, weights, split, manifest, card)."""
+        return modelfile.save(
+            Path(path),
+            config=self.config.canonical(),
+            tensors=self.detector.state(),
+            split=self.split.to_json(),
+            card=self.card(),
+            extras=self.extras,
+        )
+
+    def card(self) -> str:
+        """The model card: what it is, from what, how thresholds were chosen, and what it is not for."""
+        rows = "\n".join(f"| {key} | {value} |" for key, value in self.info.items())
+        kind = self.detector.info
+        return (
+            f"# Model card: {kind.name} ({kind.summary})\n\n"
+            "Research use only. It marks unusual regions; it makes no diagnosis.\n\n"
+            f"Method: {kind.reference} (fidelity: {kind.fidelity}).\n\n"
+            f"| fact | value |\n| --- | --- |\n{rows}\n\n"
+            "Scores rise with abnormality and are no probabilities. The p-value of an image is the share of "
+            "held-out normal images that score at least as high; it holds for images of the same kind and "
+            "acquisition as the normal images the model was fitted on. Everything that differs from those is "
+            "unusual to it: another scanner, a marker, a harmless variant.\n"
+        )
+
+
+def load(path: str | os.PathLike[str]) -> FittedModel:
+    """Load a saved model. Raises ModelFileError when it is damaged, altered or of a newer format."""
+    saved = modelfile.load(Path(path))
+    try:
+        config = SavedConfig.parse(saved.config)
+        detector = _rebuild(config, saved.tensors)
+    except ConfigError as error:
+        raise ModelFileError(f"{path}: config.json: {error}") from error
+    return FittedModel(detector, config, Split.from_json(saved.split), extras=saved.extras)
+
+
+def _rebuild(config: SavedConfig, tensors: Mapping[str, torch.Tensor]) -> Detector:
+    detector = detectors.make(config.detector, config.detector_config, None)
+    detector.load_state(tensors)
+    return detector

@@ -1,0 +1,314 @@
+"""From a folder of images to a fitted model: read, split, prepare, train, calibrate."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+import torch
+from pydantic import Field
+
+import umiad
+from umiad import modelfile
+from umiad.calibration import fit_calibration
+from umiad.config import Config, Preprocessing
+from umiad.data import DataSet, load_data
+from umiad.detectors.contract import Detector
+from umiad.duplicates import Fingerprint, file_sha256, fingerprints
+from umiad.errors import InputError
+from umiad.features import MEMORY_LIMIT, FeatureCache
+from umiad.fitted import FittedModel, SavedConfig
+from umiad.inputs import iter_images
+from umiad.io import read_image
+from umiad.preprocess import check_usable, to_input
+from umiad.splits import Split, make_split
+from umiad.training import LOG, Row, TrainingRun, train
+from umiad.types import NORMAL, Case, Image
+from umiad.workfolder import WorkFolder
+
+Data: TypeAlias = str | os.PathLike[str] | DataSet | np.ndarray | Sequence[np.ndarray]
+
+
+class FitOptions(Config):
+    """How `fit` treats the data; the detector's own settings are in its configuration.
+
+    `holdout`: share of the training normals set aside for the threshold (0 = none). `fpr`: false-positive
+    rate of the threshold. `on_error` "fail" refuses unreadable files, "skip" leaves them out and names them.
+    `memory_limit`: bytes of features kept in memory before they go to disk.
+    """
+
+    holdout: float = Field(default=0.2, ge=0, lt=0.9)
+    seed: int = Field(default=0, ge=0)
+    fpr: float = Field(default=0.05, gt=0, lt=1)
+    colour: Literal["grey", "rgb"] = "grey"
+    intensity: Literal["full", "percentile"] = "full"
+    on_error: Literal["fail", "skip"] = "fail"
+    device: str = "auto"
+    memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
+
+
+class Reporter(Protocol):
+    """Who is told how far a long job is."""
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` steps of the stage `name` are finished."""
+        ...
+
+    def epoch(self, row: Row) -> None:
+        """An epoch has ended; `row` is its line of the training log."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+
+class Silent:
+    """The null reporter."""
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Ignore."""
+
+    def epoch(self, row: Row) -> None:
+        """Ignore."""
+
+    def note(self, text: str) -> None:
+        """Ignore."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every stage of a fit needs to know."""
+
+    detector: Detector
+    options: FitOptions
+    preprocessing: Preprocessing
+    reporter: Reporter
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" -> the best device present; else `name`. Raises InputError when it is not there."""
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next(device for device in ("cuda", "mps", "cpu") if present[device])
+    if not present.get(name, False):
+        found = ", ".join(device for device, there in present.items() if there)
+        raise InputError("--device", f"{name!r} is not available, expected one of: auto, {found}")
+    return name
+
+
+def fit_model(
+    detector: Detector,
+    data: Data,
+    options: FitOptions,
+    *,
+    groups: Mapping[str, str] | Split | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+) -> FittedModel:
+    """Fit `detector` on the normal images of `data` and calibrate it on those held out.
+
+    `groups`: extra groups (image name -> group) or a whole split to reproduce. With `out` the state is kept
+    in `OUT.work` while fitting, so that `resume` can go on. No abnormal and no test image is shown to the
+    detector. Raises InputError before the first epoch when the data cannot be used.
+    """
+    reporter = reporter or Silent()
+    if out is not None:
+        modelfile.check_target(out)
+    preprocessing = Preprocessing(
+        size=detector.config.size, colour=options.colour, intensity=options.intensity
+    )
+    job = _Job(detector, replace_device(options), preprocessing, reporter)
+    dataset, prints = _readable(as_dataset(data), job)
+    split = _split(dataset, prints, options, groups)
+    if out is None:
+        return _fit(job, dataset, split, folder=None, resume=False)
+    with WorkFolder(out, _run_facts(job, split), resume=resume) as work:
+        model = _fit(job, dataset, split, folder=work.path, resume=resume)
+        model.save(out)
+        work.remove()
+    return model
+
+
+def replace_device(options: FitOptions) -> FitOptions:
+    """`options` with "auto" replaced by the device it stands for."""
+    return options.model_copy(update={"device": resolve_device(options.device)})
+
+
+def as_dataset(data: Data) -> DataSet:
+    """A data set from a path, or from arrays that are all taken as normal."""
+    if isinstance(data, DataSet):
+        return data
+    if isinstance(data, (str, os.PathLike)):
+        return load_data(data)
+    images = list(iter_images(data, name="normal"))
+    cases = tuple(Case(path=Path(image.name), label=NORMAL, kind="normal", image=image) for image in images)
+    return DataSet(name="arrays", layout="arrays", root=Path(), cases=cases, stray=(), notes=())
+
+
+def case_image(case: Case) -> Image:
+    """The pixels of a case, read from its file or held in memory. Raises InputError."""
+    image = case.image if case.image is not None else read_image(case.path)
+    check_usable(image)
+    return image
+
+
+def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
+    """Read every file once; unreadable ones are an error or, with on_error "skip", left out and named."""
+    found = fingerprints(
+        dataset.cases, progress=lambda done, total: job.reporter.stage("reading images", done, total)
+    )
+    bad = [each for each in found if isinstance(each, InputError)]
+    for note in dataset.notes:
+        job.reporter.note(note)
+    if bad and job.options.on_error == "fail":
+        listing = "; ".join(str(each) for each in bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise InputError(dataset.root, f"{len(bad)} unreadable files: {listing}", "--on-error skip leaves them out")
+    for each in bad:
+        job.reporter.note(f"left out: {each}")
+    kept = [(c, f) for c, f in zip(dataset.cases, found, strict=True) if isinstance(f, Fingerprint)]
+    return replace(dataset, cases=tuple(case for case, _ in kept)), [each for _, each in kept]
+
+
+def _split(
+    dataset: DataSet,
+    prints: Sequence[Fingerprint],
+    options: FitOptions,
+    groups: Mapping[str, str] | Split | None,
+) -> Split:
+    if isinstance(groups, Split):
+        known = {each.sha256 for each in prints}
+        if missing := [name for name in ("train", "holdout") for h in groups.hashes(name) if h not in known]:
+            raise InputError(
+                dataset.root, f"{len(missing)} images of the given split are not there (compared by content)"
+            )
+        return groups
+    return make_split(dataset, prints, seed=options.seed, holdout=options.holdout, groups=groups)
+
+
+def _run_facts(job: _Job, split: Split) -> dict[str, object]:
+    """What must be equal for a run to be resumed; `device` and memory may change."""
+    return {
+        "detector": job.detector.info.name,
+        "config": job.detector.config.canonical(),
+        "preprocessing": job.preprocessing.canonical(),
+        "split": split.digest,
+    }
+
+
+def _fit(job: _Job, dataset: DataSet, split: Split, *, folder: Path | None, resume: bool) -> FittedModel:
+    by_name = {dataset.name_of(case): case for case in dataset.cases}
+    entries = [entry for part in ("train", "holdout") for entry in split.part(part)]
+    n_train = len(split.part("train"))
+    cases = {entry.sha256: by_name[entry.name] for entry in entries}
+    keys = [entry.sha256 for entry in entries]
+    job.detector.module.to(job.options.device)
+    with FeatureCache(keys, memory_limit=job.options.memory_limit) as cache:
+        cache.fill(
+            job.detector,
+            _inputs(cases, job.preprocessing),
+            progress=lambda done, total: job.reporter.stage("frozen features", done, total),
+        )
+        run = TrainingRun(
+            cache=cache,
+            train=range(n_train),
+            holdout=range(n_train, len(keys)),
+            training=job.detector.config.training,
+            seed=job.detector.config.seed,
+            folder=folder,
+            device=job.options.device,
+            on_epoch=job.reporter.epoch,
+        )
+        rows = train(job.detector, run, resume=resume)
+        job.detector.module.to(job.options.device)
+        return _assemble(job, dataset, split, run, rows)
+
+
+def _inputs(cases: Mapping[str, Case], preprocessing: Preprocessing) -> Iterator[tuple[str, np.ndarray]]:
+    for key, case in cases.items():
+        yield key, to_input(case_image(case), preprocessing)
+
+
+def _assemble(job: _Job, dataset: DataSet, split: Split, run: TrainingRun, rows: list[Row]) -> FittedModel:
+    """Calibrate on the held-out normals and put the model together."""
+    held_out, fitted = _raw_scores(job.detector, run, run.holdout), _raw_scores(job.detector, run, run.train)
+    calibration = None
+    if held_out:
+        calibration = fit_calibration(
+            [score for score, _ in held_out], [peak for _, peak in held_out], fpr=job.options.fpr, source="holdout"
+        )
+        if calibration.fpr_bound is not None:
+            job.reporter.note(
+                f"{len(held_out)} held-out normal images bound the false-positive rate at "
+                f"{calibration.fpr_bound:.3f}, not {job.options.fpr}: more normal images are needed"
+            )
+    config = SavedConfig(
+        detector=job.detector.info.name,
+        detector_config=job.detector.config.canonical(),
+        preprocessing=job.preprocessing,
+        calibration=calibration,
+        map_reference=max(peak for _, peak in (held_out or fitted)),
+        provenance=_provenance(job, dataset, split, rows),
+    )
+    return FittedModel(job.detector, config, split, extras=_log_files(run, rows))
+
+
+def _raw_scores(detector: Detector, run: TrainingRun, indices: Sequence[int]) -> list[tuple[float, float]]:
+    """(image score, map maximum) of cached images, by the one scoring path."""
+    found: list[tuple[float, float]] = []
+    for start in range(0, len(indices), 8):
+        prepared = run.cache.rows(indices[start : start + 8])
+        scores = detector.score_prepared({k: v.to(run.device) for k, v in prepared.items()})
+        peaks = scores.anomaly_map.flatten(1).amax(1).tolist()
+        found += zip(scores.image_score.tolist(), peaks, strict=True)
+    return found
+
+
+def _provenance(
+    job: _Job, dataset: DataSet, split: Split, rows: list[Row]
+) -> dict[str, str | int | float | None]:
+    config = job.detector.config
+    return {
+        "preset": config.preset,
+        "weights": config.weights,
+        "data": dataset.name,
+        "layout": dataset.layout,
+        "n_train": len(split.part("train")),
+        "n_holdout": len(split.part("holdout")),
+        "epochs": 0 if job.detector.info.closed_form else config.training.epochs,
+        "seed": config.seed,
+        "split_seed": split.seed,
+        "split_digest": split.digest,
+        "train_nats_per_dim": rows[-1].get("nats_per_dim") if rows else None,
+        "holdout_nats_per_dim": rows[-1].get("holdout_nats_per_dim") if rows else None,
+        "umiad": umiad.__version__,
+        "torch": torch.__version__,
+        "fitted_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _log_files(run: TrainingRun, rows: list[Row]) -> dict[str, bytes]:
+    """The training log and the picture of its curves, kept in the model directory."""
+    from umiad.charts import training_curves
+
+    if run.folder is None or not rows:
+        return {}
+    extras = {LOG: (run.folder / LOG).read_bytes()}
+    if any("nats_per_dim" in row for row in rows):
+        extras["curves.png"] = training_curves(rows)
+    return extras
+
+
+def case_hash(case: Case) -> str:
+    """Content hash of a case's file, or of its pixels where it never was a file."""
+    if case.image is None:
+        return file_sha256(case.path)
+    return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
+

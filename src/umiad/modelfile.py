@@ -1,0 +1,248 @@
+"""The saved model: a folder of config.json, weights.safetensors, split.json, card.md and manifest.json.
+
+`load` is the only way in and never unpickles. `save` leaves either the old model or the new one, whatever
+happens. One writer per model at a time: a save clears away what an interrupted one has left beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from umiad import diskfile, strictjson, tensorfile
+from umiad import manifest as manifests
+from umiad.errors import DiskError, InputError, ModelFileError
+from umiad.manifest import CARD, CONFIG, MANIFEST, REQUIRED, SPLIT, WEIGHTS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HARMLESS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these; a save may drop them
+
+
+@dataclass(frozen=True, eq=False)
+class SavedModel:
+    """What a model folder holds, checked: plain values and tensors on the CPU.
+
+    `config` and `split` are JSON objects whose meaning is the caller's duty to check; `extras` are further
+    files (name -> content) such as a training log.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    split: dict[str, Any]
+    manifest: dict[str, Any]
+    card: str
+    extras: dict[str, bytes] = field(default_factory=dict)
+
+
+def save(
+    path: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    split: Mapping[str, Any],
+    card: str,
+    extras: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write a model folder, replacing an older model there; returns its path.
+
+    `extras`: further files, name -> content (for example "log.jsonl"), listed in the manifest. The folder is
+    written beside its place, flushed, and renamed into place; after any failure the older model is as it was.
+
+    Raises:
+        InputError: at `path` lies something that is not a model of ours; it is left alone.
+        ConfigError: a value in `config` or `split` that JSON cannot hold.
+        ModelFileError: tensors or extra names that `load` would refuse.
+        DiskError: writing failed; with needed and free bytes.
+    """
+    files = dict(extras or {})
+    if reserved := sorted({*REQUIRED, MANIFEST} & set(files)):
+        raise ModelFileError(f"extra file {reserved[0]}: this name belongs to the model; choose another")
+    files[CONFIG] = strictjson.dump_bytes(dict(config), source=CONFIG)
+    files[SPLIT] = strictjson.dump_bytes(dict(split), source=SPLIT)
+    files[CARD] = card.encode("utf-8", errors="backslashreplace")
+    files[WEIGHTS] = tensorfile.to_bytes(tensors)
+    files[MANIFEST] = strictjson.dump_bytes(manifests.build(files), source=MANIFEST)
+    target = Path(os.path.realpath(path))
+    needed = sum(len(content) for content in files.values())
+    with diskfile.disk_errors(target, needed=needed):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _restore(target)
+        check_target(target)
+        _clear_leftovers(target)
+        _check_space(target, needed=needed)
+        with _temporary_folder(target) as fresh:
+            for name, content in files.items():
+                diskfile.write_synced(fresh / name, content)
+            diskfile.sync_folder(fresh)
+            _swap(fresh, target)
+    return Path(path)
+
+
+def update(
+    path: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any],
+    split: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> Path:
+    """Rewrite the configuration (and split and card, where given) of a saved model; weights and extras stay.
+
+    Raises what `load` and `save` raise; after any failure the older model is as it was.
+    """
+    old = load(path)
+    return save(
+        path,
+        config=config,
+        tensors=old.tensors,
+        split=old.split if split is None else split,
+        card=old.card if card is None else card,
+        extras=old.extras,
+    )
+
+
+def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) -> SavedModel:
+    """Read a model folder after checking manifest, sizes, hashes, strict JSON, tensor header, finite values.
+
+    `manifest_sha256` pins the manifest, and through it every file; without it a consistent alteration of
+    files and manifest together goes unseen.
+
+    Raises:
+        InputError: nothing is there, or reading is not permitted.
+        ModelFileError: anything else; names the file, what was found and what was expected.
+    """
+    folder = _existing(Path(path))
+    manifest = manifests.read(folder / MANIFEST, sha256=manifest_sha256)
+    files = manifests.read_listed(folder, manifest)
+    try:
+        card = files.pop(CARD).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelFileError(f"{folder / CARD}: not UTF-8 at byte {error.start}, expected text") from error
+    return SavedModel(
+        path=Path(path),
+        config=strictjson.load_object(files.pop(CONFIG), source=str(folder / CONFIG)),
+        tensors=tensorfile.from_bytes(files.pop(WEIGHTS), source=str(folder / WEIGHTS)),
+        split=strictjson.load_object(files.pop(SPLIT), source=str(folder / SPLIT)),
+        manifest=manifest,
+        card=card,
+        extras=files,
+    )
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Check that `save` may write to `path`: nothing there, an empty folder, or only a model of ours.
+
+    Raises:
+        InputError: something else is there; names it.
+    """
+    target, hint = Path(path), "choose another path, or remove it yourself"
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise InputError(target, "is no folder, expected a model folder or nothing", hint)
+    try:
+        present = {entry.name for entry in target.iterdir()} - HARMLESS
+        owned = {MANIFEST, *manifests.read(target / MANIFEST)["files"]} if present else set()
+    except OSError as error:
+        raise InputError(target, f"cannot be read: {error.strerror or error}", hint) from error
+    except ModelFileError as error:
+        raise InputError(target, f"is a folder without a readable umiad model ({error})", hint) from error
+    if foreign := sorted(present - owned):
+        raise InputError(
+            target, f"holds {foreign[0]!r}, which is no part of the model; not overwritten", hint
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The model folder; where a save was interrupted between two renames, the older one beside it."""
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelFileError(
+            f"{path}: is a file{_kind(path)}, expected a model folder written by umiad; "
+            f"files of other tools are not read"
+        )
+    if os.path.lexists(path):
+        raise ModelFileError(f"{path}: is a broken link or special file, expected a model folder")
+    if left := _siblings(Path(os.path.realpath(path)), "old"):
+        return left[0]
+    raise InputError(
+        path, "no such folder, expected a saved model", "check the path; `umiad fit` writes models"
+    )
+
+
+def _kind(path: Path) -> str:
+    """What a file seems to be by its first bytes, in brackets; empty if unknown."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+    except OSError:
+        return ""
+    return next((f" ({word})" for start, word in tensorfile.FOREIGN_STARTS if head.startswith(start)), "")
+
+
+def _siblings(target: Path, kind: str) -> list[Path]:
+    """Folders that saves of `target` use or have left beside it; `kind` is "new" or "old"."""
+    start = f".{target.name}.umiad-{kind}-"
+    try:
+        found = [entry for entry in target.parent.iterdir() if entry.name.startswith(start)]
+    except OSError:
+        return []
+    return sorted(entry for entry in found if entry.is_dir() and not entry.is_symlink())
+
+
+def _restore(target: Path) -> None:
+    """Put back the older model of a save that was interrupted between two renames. Raises OSError."""
+    old = _siblings(target, "old")
+    if old and not os.path.lexists(target):
+        old[0].rename(target)
+
+
+def _clear_leftovers(target: Path) -> None:
+    """Remove what interrupted saves have left. Raises OSError."""
+    for left in _siblings(target, "old") + _siblings(target, "new"):
+        shutil.rmtree(left)
+
+
+def _check_space(target: Path, *, needed: int) -> None:
+    free = diskfile.free_bytes(target)
+    if free is not None and free < needed:
+        raise DiskError(
+            f"{target}: needed {needed} bytes, free {free} bytes; nothing was written; "
+            f"free some space or choose another folder"
+        )
+
+
+@contextmanager
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, removed at the end if it is still there."""
+    fresh = target.with_name(f".{target.name}.umiad-new-{secrets.token_hex(4)}")
+    fresh.mkdir()
+    try:
+        yield fresh
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path) -> None:
+    """Put `fresh` in the place of `target`; the older folder is put back if that fails. Raises OSError."""
+    old = target.with_name(f".{target.name}.umiad-old-{secrets.token_hex(4)}")
+    replaces = target.exists()
+    if replaces:
+        target.rename(old)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if replaces:
+            old.rename(target)
+        raise
+    diskfile.sync_folder(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

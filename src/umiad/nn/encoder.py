@@ -1,0 +1,139 @@
+"""The frozen feature pyramid, its pooling, and initial weights without side effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from umiad.errors import ModelFileError
+
+CHANNELS = (64, 128, 256, 512)
+_STRIDES = (4, 8, 16, 32)
+_SHOWN = 5  # problems named in one error message
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draw everything inside from `seed`; torch's CPU and numpy's global random states are put back after.
+
+    The libraries that build our parts draw from the global generators: this is the only way to govern
+    their initial weights and permutations without an effect outside.
+    """
+    numpy_state = np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+
+
+class Pyramid(nn.Module):
+    """ResNet18 up to its last stage, frozen and always in evaluation mode: images -> (F1, F2, F3, F4).
+
+    images [B,3,S,S], float, ImageNet-normalised, S a multiple of 32 ->
+    F1 [B,64,S/4,S/4], F2 [B,128,S/8,S/8], F3 [B,256,S/16,S/16], F4 [B,512,S/32,S/32], all >= 0.
+
+    `state` holds weights under torchvision's names; classifier weights ("fc.*") and
+    "*.num_batches_tracked" may be missing, nothing else. Without `state` the weights are random, drawn
+    from `seed`. `state_dict()` has torchvision's names without the classifier.
+
+    Source: He et al., CVPR 2016, as `monai.networks.nets.resnet18`, whose output with these arguments
+    equals torchvision's. Deviation: Table 2 of the paper prints F1..F4 at half these sizes; the standard
+    network followed by `pool` yields the sizes its flows work on.
+
+    Raises:
+        ModelFileError: `state` lacks keys, has unknown ones, or has other shapes; names the first few.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor] | None, *, seed: int) -> None:
+        super().__init__()
+        from monai.networks.nets import resnet18  # costs seconds: only where a pyramid is built
+
+        with seeded(seed):
+            network = resnet18(
+                spatial_dims=2,
+                n_input_channels=3,
+                num_classes=1000,
+                conv1_t_size=7,
+                conv1_t_stride=2,
+                shortcut_type="B",
+                bias_downsample=False,
+            )
+        if state is not None:
+            _fill(network, state)
+        self.conv1, self.bn1, self.act = network.conv1, network.bn1, network.act
+        self.maxpool = network.maxpool
+        self.layer1, self.layer2 = network.layer1, network.layer2
+        self.layer3, self.layer4 = network.layer3, network.layer4
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Pyramid:
+        """Stay in evaluation mode, whatever `mode` says: BatchNorm statistics are part of the weights."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The four maps, finest first; shapes as in the class docstring."""
+        stem = self.maxpool(self.act(self.bn1(self.conv1(images))))
+        f1 = self.layer1(stem)
+        f2 = self.layer2(f1)
+        f3 = self.layer3(f2)
+        return f1, f2, f3, self.layer4(f3)
+
+
+def grid(maps: Tensor) -> tuple[int, int]:
+    """Height and width of maps [...,h,w] in cells."""
+    return maps.shape[-2], maps.shape[-1]
+
+
+def pool(features: Tensor) -> Tensor:
+    """The paper's "pyramid pooling" of one map: [B,C,H,W] -> [B,C,ceil(H/2),ceil(W/2)].
+
+    AvgPool2d(3, stride 2, padding 1), zeros counted at the border, as is usual for flows on pyramids.
+    A map without channels (an empty condition) keeps none.
+    """
+    if features.shape[1] == 0:
+        return features[:, :, ::2, ::2]
+    return F.avg_pool2d(features, kernel_size=3, stride=2, padding=1)
+
+
+def pooled_size(size: int) -> tuple[tuple[int, int], ...]:
+    """Cells (h, w) of the four pooled maps of a size x size image, finest first; 256 -> 32, 16, 8, 4."""
+    sides = [-(-(size // stride) // 2) for stride in _STRIDES]
+    return tuple((side, side) for side in sides)
+
+
+def _may_be_missing(key: str) -> bool:
+    return key.startswith("fc.") or key.endswith(".num_batches_tracked")
+
+
+def _fill(network: Any, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `network` in place; every mismatch but the allowed ones is an error."""
+    own: dict[str, Tensor] = network.state_dict()
+    missing = [key for key in own if key not in state and not _may_be_missing(key)]
+    unknown = [key for key in state if key not in own]
+    shared = {key: value for key, value in state.items() if key in own and not key.startswith("fc.")}
+    shapes = [
+        f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+        for key, value in shared.items()
+        if value.shape != own[key].shape
+    ]
+    problems = [
+        f"{len(found)} {what}: {', '.join(found[:_SHOWN])}{', ...' if len(found) > _SHOWN else ''}"
+        for what, found in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise ModelFileError(
+            f"weights do not fit ResNet18: {'; '.join(problems)}. Expected torchvision's resnet18 names and "
+            "shapes (only fc.* and *.num_batches_tracked may be missing); use a ResNet18 weights file"
+        )
+    network.load_state_dict(shared, strict=False)

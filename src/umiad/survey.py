@@ -1,0 +1,400 @@
+"""The data check: what is in a data set, what is wrong with it, and which split would be made."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from umiad.data import DataSet
+from umiad.duplicates import Fingerprint, equal_groups, near_groups
+from umiad.errors import InputError
+from umiad.io import read_image, read_mask
+from umiad.preprocess import luminance
+from umiad.splits import HOLDOUT_MIN, PARTS, Split, make_split
+from umiad.types import ABNORMAL, NORMAL, Case
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLOURED_FROM = 0.001  # an image is coloured when more than this fraction of its pixels is
+LEAK_AUROC = 0.65
+STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
+CLASS_COLUMNS = (
+    *("class", "label", "images", "height min / median / max", "width min / median / max"),
+    *("mode", "bits", "coloured", "masks (empty, several)"),
+)
+LABELS = {NORMAL: "normal", ABNORMAL: "abnormal", None: "unlabelled"}
+
+Level: TypeAlias = Literal["error", "warning", "note"]
+Row: TypeAlias = tuple[str, Case, Fingerprint]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something to know before fitting; an "error" must be solved, a "warning" weakens the results."""
+
+    level: Level
+    text: str
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class MaskSummary:
+    """Names of the cases by the state of their masks; "several" are united, "empty" mark no pixel."""
+
+    with_mask: int
+    without: int
+    empty: tuple[str, ...] = ()
+    several: tuple[str, ...] = ()
+    wrong_size: tuple[str, ...] = ()
+    non_binary: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClassSummary:
+    """One class folder. `heights`, `widths`: (minimum, median, maximum) in pixels, None if all are unreadable."""
+
+    kind: str
+    label: str
+    count: int
+    heights: tuple[float, float, float] | None
+    widths: tuple[float, float, float] | None
+    modes: dict[str, int]
+    bits: dict[int, int]
+    coloured: int
+    masks: MaskSummary
+
+
+@dataclass(frozen=True)
+class Duplicates:
+    """Groups of names: equal bytes, equal luminance, near-duplicates; `across` are those of several classes."""
+
+    content: tuple[tuple[str, ...], ...]
+    pixels: tuple[tuple[str, ...], ...]
+    near: tuple[tuple[str, ...], ...]
+    across: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """How well the file's form alone tells abnormal from normal; AUROC 0.5 = not at all, None = undefined.
+
+    Above 0.5 the abnormal images are larger (`area_auroc`), or wider for their height (`aspect_auroc`).
+    """
+
+    area_auroc: float | None
+    aspect_auroc: float | None
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """The split that would be made: `counts[part][label]`, and how many groups keep images together."""
+
+    rule: str
+    digest: str
+    counts: dict[str, dict[str, int]]
+    groups: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Everything the data check found; `split` is None where none can be made (a problem says why)."""
+
+    name: str
+    layout: str
+    classes: tuple[ClassSummary, ...]
+    duplicates: Duplicates
+    leaks: Leaks
+    split: SplitSummary | None
+    stray: tuple[str, ...]
+    unreadable: dict[str, str]
+    problems: tuple[Problem, ...]
+
+    def to_json(self) -> dict[str, object]:
+        """The survey as one JSON object."""
+        return dataclasses.asdict(self)
+
+
+def survey(
+    data: DataSet,
+    fingerprints: Sequence[Fingerprint | InputError],
+    *,
+    seed: int,
+    holdout: float,
+    groups: Mapping[str, str] | None = None,
+) -> Survey:
+    """Describe `data`, look for trouble and try the split. `fingerprints` as for `make_split`.
+
+    Unreadable images are reported and left out of everything else. Raises ConfigError for a bad seed or
+    hold-out, as `make_split` does.
+    """
+    pairs = list(zip(data.cases, fingerprints, strict=True))
+    rows = [(data.name_of(case), case, each) for case, each in pairs if isinstance(each, Fingerprint)]
+    unreadable = {data.name_of(case): each.reason for case, each in pairs if isinstance(each, InputError)}
+    classes = _classes(data, rows)
+    duplicates = _duplicates(rows)
+    leaks = Leaks(
+        area_auroc=_auroc([(case.label, each.height * each.width) for _, case, each in rows]),
+        aspect_auroc=_auroc([(case.label, each.width / each.height) for _, case, each in rows]),
+    )
+    readable = dataclasses.replace(data, cases=tuple(case for _, case, _ in rows))
+    given = {name: group for name, group in (groups or {}).items() if name not in unreadable}
+    problems: list[Problem] = []
+    split = None
+    try:
+        made = make_split(readable, [each for *_, each in rows], seed=seed, holdout=holdout, groups=given)
+        split = _split_summary(made)
+    except InputError as error:
+        problems.append(Problem("error", f"no split can be made: {error.reason}"))
+    stray = tuple(data.name_of(Case(path)) for path in data.stray)
+    problems += _file_problems(data, unreadable, stray)
+    problems += _duplicate_problems(rows, duplicates)
+    problems += [each for summary in classes for each in _mask_problems(summary)]
+    problems += _leak_problems(rows, leaks)
+    problems += _split_problems(split)
+    order = ("error", "warning", "note")
+    ranked = tuple(sorted(problems, key=lambda problem: order.index(problem.level)))
+    return Survey(data.name, data.layout, classes, duplicates, leaks, split, stray, unreadable, ranked)
+
+
+def _classes(data: DataSet, rows: list[Row]) -> tuple[ClassSummary, ...]:
+    keys = dict.fromkeys((case.kind, case.label) for case in data.cases)
+    return tuple(
+        _class(data, [row for row in rows if (row[1].kind, row[1].label) == key], key) for key in keys
+    )
+
+
+def _class(data: DataSet, rows: list[Row], key: tuple[str, int | None]) -> ClassSummary:
+    prints = [each for *_, each in rows]
+    return ClassSummary(
+        kind=key[0],
+        label=LABELS[key[1]],
+        count=sum((case.kind, case.label) == key for case in data.cases),
+        heights=_spread([each.height for each in prints]),
+        widths=_spread([each.width for each in prints]),
+        modes=dict(sorted(Counter(each.mode for each in prints).items())),
+        bits=dict(sorted(Counter(each.bits for each in prints).items())),
+        coloured=sum(each.coloured > COLOURED_FROM for each in prints),
+        masks=_masks(rows),
+    )
+
+
+def _spread(values: list[int]) -> tuple[float, float, float] | None:
+    return (min(values), float(np.median(values)), max(values)) if values else None
+
+
+def _masks(rows: list[Row]) -> MaskSummary:
+    masked = [row for row in rows if row[1].masks]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        states = list(pool.map(_mask_states, masked))
+    found = {name: tuple(row[0] for row, state in zip(masked, states, strict=True) if name in state)
+             for name in ("empty", "several", "wrong_size", "non_binary", "unreadable")}  # fmt: skip
+    return MaskSummary(with_mask=len(masked), without=len(rows) - len(masked), **found)
+
+
+def _mask_states(row: Row) -> set[str]:
+    """What is worth saying about one case's masks, as the field names of MaskSummary."""
+    _, case, each = row
+    states = {"several"} if len(case.masks) > 1 else set()
+    marked = False
+    try:
+        for path in case.masks:
+            mask = read_mask([path])
+            levels = luminance(read_image(path).pixels)
+            marked |= bool(mask.any())
+            if mask.shape != (each.height, each.width):
+                states.add("wrong_size")
+            if ((levels > 1e-4) & (levels < 1 - 1e-4)).any():
+                states.add("non_binary")
+    except InputError:
+        return states | {"unreadable"}
+    return states if marked else states | {"empty"}
+
+
+def _duplicates(rows: list[Row]) -> Duplicates:
+    prints = [each for *_, each in rows]
+
+    def named(groups: Iterable[tuple[int, ...]]) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(rows[index][0] for index in group) for group in groups)
+
+    content = equal_groups([each.sha256 for each in prints])
+    pixels = equal_groups([each.pixels for each in prints])
+    near = near_groups(prints)
+    every = dict.fromkeys([*content, *pixels, *near])
+    across = [group for group in every if len({rows[index][1].kind for index in group}) > 1]
+    return Duplicates(named(content), named(pixels), named(near), named(across))
+
+
+def _auroc(values: list[tuple[int | None, float]]) -> float | None:
+    """AUROC of a number for abnormal against normal, by mean ranks (Mann-Whitney U); None without both."""
+    from scipy.stats import rankdata
+
+    known = [(label, value) for label, value in values if label is not None]
+    abnormal = np.array([label == ABNORMAL for label, _ in known], dtype=bool)
+    positives, negatives = int(abnormal.sum()), int((~abnormal).sum())
+    if not positives or not negatives:
+        return None
+    ranks = rankdata([value for _, value in known])
+    return float((ranks[abnormal].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def _split_summary(split: Split) -> SplitSummary:
+    counts = {part: dict.fromkeys(LABELS.values(), 0) for part in PARTS}
+    for entry in split.entries:
+        counts[entry.part][LABELS[entry.label]] += 1
+    groups = len({entry.group for entry in split.entries if entry.group})
+    return SplitSummary(split.rule, split.digest, counts, groups)
+
+
+def _file_problems(data: DataSet, unreadable: dict[str, str], stray: tuple[str, ...]) -> Iterator[Problem]:
+    if unreadable:
+        listing = tuple(f"{name}: {reason}" for name, reason in unreadable.items())
+        yield Problem("error", f"{len(unreadable)} images cannot be read", listing)
+    if unlabelled := [data.name_of(case) for case in data.cases if case.label is None]:
+        yield Problem("note", f"{len(unlabelled)} images have no label and are not used", tuple(unlabelled))
+    if stray:
+        yield Problem("note", f"{len(stray)} files are no images and were ignored", stray)
+    for note in data.notes:
+        yield Problem("note", note)
+
+
+def _duplicate_problems(rows: list[Row], duplicates: Duplicates) -> Iterator[Problem]:
+    """Equal images with different labels or in both official parts are errors, near ones are warnings."""
+    cases = {name: case for name, case, _ in rows}
+    equal = tuple(dict.fromkeys([*duplicates.content, *duplicates.pixels]))
+    near = tuple(group for group in duplicates.near if group not in equal)
+    own = equal_groups([case.group or (name,) for name, case, _ in rows])
+    patients = tuple(tuple(rows[index][0] for index in group) for group in own)
+    checks: tuple[tuple[Level, str, tuple[tuple[str, ...], ...]], ...] = (
+        ("error", "equal images", equal),
+        ("warning", "nearly equal images", near),
+        ("error", "images of one patient", patients),
+    )
+    for level, what, groups in checks:
+        labels = _mixed(groups, {name: case.label for name, case in cases.items()})
+        kinds = _mixed(groups, {name: case.kind for name, case in cases.items()})
+        if groups is not patients:
+            yield from _group_problem(level, f"{what} with different labels", labels)
+            only_kinds = [group for group in kinds if group not in labels]
+            yield from _group_problem("warning", f"{what} in different classes", only_kinds)
+        parts = _mixed(groups, {name: case.split for name, case in cases.items()})
+        yield from _group_problem(level, f"{what} in the train and the test part", parts)
+    if inside := sum(len(group) - 1 for group in equal if group not in duplicates.across):
+        yield Problem("note", f"{inside} images repeat another one of their class; they stay on one side")
+
+
+def _mixed(groups: Iterable[tuple[str, ...]], facts: Mapping[str, object]) -> list[tuple[str, ...]]:
+    return [group for group in groups if len({facts[name] for name in group}) > 1]
+
+
+def _group_problem(level: Level, text: str, groups: list[tuple[str, ...]]) -> Iterator[Problem]:
+    if groups:
+        yield Problem(level, f"{len(groups)} x {text}", tuple(" = ".join(group) for group in groups))
+
+
+def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
+    masks, where = summary.masks, f"class {summary.kind!r}"
+    if masks.unreadable:
+        yield Problem("error", f"{where}: masks cannot be read", masks.unreadable)
+    if masks.wrong_size:
+        yield Problem("error", f"{where}: masks of another size than their image", masks.wrong_size)
+    if masks.non_binary:
+        text = f"{where}: masks with values between black and white; they are cut in the middle"
+        yield Problem("warning", text, masks.non_binary)
+    marked = masks.with_mask - len(masks.empty) - len(masks.unreadable)
+    if summary.label == "abnormal" and masks.empty:
+        yield Problem("warning", f"{where}: masks that mark nothing", masks.empty)
+    if summary.label == "abnormal" and masks.without:
+        text = f"{where}: {masks.without} of {masks.without + masks.with_mask} images have no mask"
+        yield Problem("note", f"{text}: no pixel metrics for them")
+    if summary.label == "normal" and marked:
+        yield Problem("warning", f"{where}: {marked} masks of normal images mark something")
+
+
+def _leak_problems(rows: list[Row], leaks: Leaks) -> Iterator[Problem]:
+    """What gives the label away without looking at the anatomy."""
+    for value, what in ((leaks.area_auroc, "image area"), (leaks.aspect_auroc, "width / height")):
+        if value is not None and max(value, 1 - value) > LEAK_AUROC:
+            side = "larger" if value > 0.5 else "smaller"
+            text = (
+                f"{what} alone separates the labels: AUROC {max(value, 1 - value):.2f} ({side} if abnormal)"
+            )
+            yield Problem("warning", text)
+    form = [(name, case.label, each.mode) for name, case, each in rows]
+    yield from _one_sided(form, "warning", "stored as {0}")
+    coloured = [(name, case.label, "coloured") for name, case, each in rows if each.coloured > COLOURED_FROM]
+    grey = [(name, case.label, "") for name, case, each in rows if each.coloured <= COLOURED_FROM]
+    yield from _one_sided(coloured + grey, "warning", "{0}")
+    suffixes = [(name, case.label, Path(name).suffix.lower()) for name, case, _ in rows]
+    yield from _one_sided(suffixes, "note", "named *{0}")
+
+
+def _one_sided(facts: list[tuple[str, int | None, str]], level: Level, words: str) -> Iterator[Problem]:
+    """A property that only images of one label have, where both labels exist and properties differ."""
+    both = {NORMAL, ABNORMAL} <= {label for _, label, _ in facts}
+    values = sorted({value for *_, value in facts})
+    for value in values if both and len(values) > 1 else ():
+        owners = [(name, label) for name, label, each in facts if each == value and label is not None]
+        labels = {label for _, label in owners}
+        if value and len(labels) == 1:
+            text = f"{len(owners)} images are {words.format(value)}, all {LABELS[labels.pop()]}"
+            yield Problem(level, text, tuple(name for name, _ in owners))
+
+
+def _split_problems(split: SplitSummary | None) -> Iterator[Problem]:
+    if split is None:
+        return
+    held_out = split.counts["holdout"]["normal"]
+    if 0 < held_out < HOLDOUT_MIN:
+        text = f"{held_out} held-out normals: no p-value below {1 / (held_out + 1):.3f} is possible"
+        yield Problem("warning", text)
+
+
+def render(found: Survey, console: Console) -> None:
+    """Write the survey for a person: classes, split, duplicates and leaks, then the problems."""
+    from rich.markup import escape
+
+    twins, leaks = found.duplicates, found.leaks
+    area, aspect = ("-" if v is None else f"{v:.2f}" for v in (leaks.area_auroc, leaks.aspect_auroc))
+    console.print(f"[bold]{escape(found.name)}[/] (layout {found.layout})")
+    _print_table(console, CLASS_COLUMNS, [_class_cells(each) for each in found.classes])
+    if found.split is not None:
+        rows = [[part, *map(str, counts.values())] for part, counts in found.split.counts.items()]
+        _print_table(console, ("part", *LABELS.values()), rows)
+        console.print(escape(f"split: {found.split.rule}; {found.split.groups} groups kept together"))
+    console.print(
+        f"duplicate groups: {len(twins.content)} equal bytes, {len(twins.pixels)} equal pixels, "
+        f"{len(twins.near)} nearly equal; {len(twins.across)} across classes"
+    )
+    console.print(f"AUROC of the file's form alone: area {area}, width / height {aspect}")
+    for problem in found.problems or (Problem("note", "no problems found"),):
+        shown = ", ".join(problem.files[:3]) + (", ..." if len(problem.files) > 3 else "")
+        text = escape(f"{problem.text}: {shown}" if shown else problem.text)
+        console.print(f"[{STYLES[problem.level]}]{problem.level}[/] {text}")
+
+
+def _print_table(console: Console, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, box=SIMPLE)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def _class_cells(each: ClassSummary) -> list[str]:
+    sizes = ["-" if s is None else f"{s[0]:g} / {s[1]:g} / {s[2]:g}" for s in (each.heights, each.widths)]
+    modes = ", ".join(f"{name} {count}" for name, count in each.modes.items())
+    bits = ", ".join(map(str, each.bits))
+    masks = f"{each.masks.with_mask} ({len(each.masks.empty)}, {len(each.masks.several)})"
+    return [each.kind, each.label, str(each.count), *sizes, modes, bits, str(each.coloured), masks]
