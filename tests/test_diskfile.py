@@ -99,7 +99,7 @@ def test_a_failing_disk_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path if step == "replace" else os, step, fail)
-    with pytest.raises(DiskError, match="No space left on device; needed 3 bytes, free [0-9]+ bytes"):
+    with pytest.raises(DiskError, match=r"No space left on device; needed 3 bytes, free [0-9]+ bytes"):
         diskfile.write_atomic(path, b"new")
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [("a.bin", b"old")]
 

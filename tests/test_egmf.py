@@ -57,8 +57,9 @@ def test_the_density_is_exact_through_flows_and_fusion():
     config = EGMFConfig(size=SIZE, blocks=2, edge="none", aggregate="ignore", guidance="joint", seed=3)
     network = EGMFNetwork(config).double()
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+        rng = torch.Generator().manual_seed(1)
+        for parameter in (p for p in network.parameters() if p.requires_grad):
+            parameter.add_(0.02 * torch.randn(parameter.shape, dtype=torch.float64, generator=rng))
     shapes = [(1, c, s, s) for c, s in zip(CHANNELS, (16, 8, 4, 2), strict=True)]
     rng = torch.Generator().manual_seed(2)
     features = [torch.randn(shape, dtype=torch.float64, generator=rng) for shape in shapes]

@@ -35,10 +35,10 @@ def test_distances_equal_scipys_mahalanobis():
 
 def test_channels_are_drawn_by_the_seed_and_without_repetition():
     first, again, other = build(seed=1), build(seed=1), build(seed=2)
-    index = first.module["statistics"].index
+    index = first.statistics.index
     assert len(set(index.tolist())) == 100
-    assert torch.equal(index, again.module["statistics"].index)
-    assert not torch.equal(index, other.module["statistics"].index)
+    assert torch.equal(index, again.statistics.index)
+    assert not torch.equal(index, other.statistics.index)
 
 
 def test_one_image_is_not_enough():

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 
@@ -22,10 +23,9 @@ def test_round_trip(value: object) -> None:
 
 @given(st.binary(max_size=60) | st.text(max_size=60))
 def test_anything_gives_a_value_or_one_kind_of_error(text: str | bytes) -> None:
-    try:
-        loads(text, source="x")
-    except ModelFileError as error:
-        assert str(error).startswith("x: ")
+    with contextlib.suppress(ModelFileError):
+        value = loads(text, source="x")
+        assert loads(dump_bytes(value, source="x"), source="x") == value
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def training_curves(rows: Sequence[Mapping[str, Any]]) -> bytes:
             all_axes[-1], {name: (xs, [max(y, FLOOR) for y in ys]) for name, (xs, ys) in monitors.items()}
         )
         all_axes[-1].set_yscale("log")
-        _finish(all_axes[-1], "", f"collapse monitors (no unit, >= {FLOOR:g})", legend="lower left")
+        _finish(all_axes[-1], "", f"collapse monitors (no unit, >= {FLOOR:g})", legend="best")
     low, high = all_axes[-1].get_xlim()
     all_axes[-1].set(xlabel="epoch", xlim=(min(low, high - 1), max(high, low + 1)))
     _whole_numbers(all_axes[-1].xaxis)

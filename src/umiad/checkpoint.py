@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.plugins import CheckpointIO
 
 from umiad.config import canonical_json
-from umiad.errors import DiskError, ModelFileError
+from umiad.errors import DiskError, InputError, ModelFileError
 from umiad.strictjson import loads
 from umiad.tensorfile import read_tensors, write_tensors
 
@@ -53,7 +53,10 @@ class SafeCheckpointIO(CheckpointIO):
             text = (folder / REST).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelFileError(f"{folder / REST}: cannot be read: {error}") from error
-        tensors = read_tensors(folder / TENSORS)
+        try:
+            tensors = read_tensors(folder / TENSORS)
+        except InputError as error:
+            raise ModelFileError(str(error)) from error
         unpacked: dict[str, Any] = _unpack(loads(text, source=str(folder / REST)), tensors)
         return unpacked
 

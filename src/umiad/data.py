@@ -359,6 +359,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             header = [name.strip().lower() for name in reader.fieldnames or ()]
             reader.fieldnames = header
             for column in header:
+                if header.count(column) > 1:
+                    raise InputError(path, f"column {column!r} appears twice, expected once")
                 if column not in COLUMNS:
                     raise InputError(path, f"unknown column {column!r}{nearest(column, list(COLUMNS))}")
             for column in COLUMNS[:2]:

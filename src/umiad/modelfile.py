@@ -63,14 +63,7 @@ def save(
         ModelFileError: tensors or extra names that `load` would refuse.
         DiskError: writing failed; with needed and free bytes.
     """
-    files = dict(extras or {})
-    if reserved := sorted({*REQUIRED, MANIFEST} & set(files)):
-        raise ModelFileError(f"extra file {reserved[0]}: this name belongs to the model; choose another")
-    files[CONFIG] = strictjson.dump_bytes(dict(config), source=CONFIG)
-    files[SPLIT] = strictjson.dump_bytes(dict(split), source=SPLIT)
-    files[CARD] = card.encode("utf-8", errors="backslashreplace")
-    files[WEIGHTS] = tensorfile.to_bytes(tensors)
-    files[MANIFEST] = strictjson.dump_bytes(manifests.build(files), source=MANIFEST)
+    files = _contents(config, tensors, split, card=card, extras=extras or {})
     target = Path(os.path.realpath(path))
     needed = sum(len(content) for content in files.values())
     with diskfile.disk_errors(target, needed=needed):
@@ -159,6 +152,26 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise InputError(
             target, f"holds {foreign[0]!r}, which is no part of the model; not overwritten", hint
         )
+
+
+def _contents(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    split: Mapping[str, Any],
+    *,
+    card: str,
+    extras: Mapping[str, bytes],
+) -> dict[str, bytes]:
+    """Every file of a model folder, name -> content, the manifest last. Raises as `save` does."""
+    files = dict(extras)
+    if reserved := sorted({*REQUIRED, MANIFEST} & set(files)):
+        raise ModelFileError(f"extra file {reserved[0]}: this name belongs to the model; choose another")
+    files[CONFIG] = strictjson.dump_bytes(dict(config), source=CONFIG)
+    files[SPLIT] = strictjson.dump_bytes(dict(split), source=SPLIT)
+    files[CARD] = card.encode("utf-8", errors="backslashreplace")
+    files[WEIGHTS] = tensorfile.to_bytes(tensors)
+    files[MANIFEST] = strictjson.dump_bytes(manifests.build(files), source=MANIFEST)
+    return files
 
 
 def _existing(path: Path) -> Path:

@@ -13,7 +13,6 @@ from typing import Annotated, Literal, Self, TypeAlias
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from umiad.config import nearest
 from umiad.data import DataSet
 from umiad.diskfile import read_regular, write_atomic
 from umiad.duplicates import Fingerprint, components, equal_groups, near_groups
@@ -216,7 +215,10 @@ def _draft(
     rows.sort(key=lambda row: row[0])
     names = [name for name, _, _ in rows]
     if unknown := sorted(groups.keys() - set(names)):
-        raise InputError(data.root, f"groups name {unknown[0]!r}{nearest(unknown[0], names[:1000])}")
+        reason = f"{len(unknown)} names in the groups are not in the data, the first is {unknown[0]!r}"
+        raise InputError(
+            data.root, reason, f"names are relative to the data, such as {names[0]!r}" if names else ""
+        )
     cases, prints = [case for _, case, _ in rows], [each for _, _, each in rows]
     return _Draft(names, cases, prints, _together(names, cases, prints, groups))
 

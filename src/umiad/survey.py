@@ -16,8 +16,7 @@ from umiad.data import DataSet
 from umiad.duplicates import Fingerprint, equal_groups, near_groups
 from umiad.errors import InputError
 from umiad.io import read_image, read_mask
-from umiad.preprocess import luminance
-from umiad.splits import HOLDOUT_MIN, PARTS, Split, make_split
+from umiad.splits import HOLDOUT_MIN, PARTS, make_split
 from umiad.types import ABNORMAL, NORMAL, Case
 
 if TYPE_CHECKING:
@@ -27,8 +26,7 @@ COLOURED_FROM = 0.001  # an image is coloured when more than this fraction of it
 LEAK_AUROC = 0.65
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 CLASS_COLUMNS = (
-    *("class", "label", "images", "height min / median / max", "width min / median / max"),
-    *("mode", "bits", "coloured", "masks (empty, several)"),
+    *("class", "label", "images", "height", "width", "mode", "bits", "coloured", "masks (empty, several)"),
 )
 LABELS = {NORMAL: "normal", ABNORMAL: "abnormal", None: "unlabelled"}
 
@@ -47,7 +45,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class MaskSummary:
-    """Names of the cases by the state of their masks; "several" are united, "empty" mark no pixel."""
+    """Names of the cases by the state of their masks; "several" are united, "empty" mark no pixel.
+
+    `unreadable` lists files with the reason.
+    """
 
     with_mask: int
     without: int
@@ -60,7 +61,7 @@ class MaskSummary:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """One class folder. `heights`, `widths`: (minimum, median, maximum) in pixels, None if all are unreadable."""
+    """One class folder. `heights`, `widths`: (minimum, median, maximum) pixels, None if unreadable."""
 
     kind: str
     label: str
@@ -75,7 +76,7 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of names: equal bytes, equal luminance, near-duplicates; `across` are those of several classes."""
+    """Groups of names: equal bytes, equal luminance, nearly equal; `across` are those of several classes."""
 
     content: tuple[tuple[str, ...], ...]
     pixels: tuple[tuple[str, ...], ...]
@@ -145,24 +146,36 @@ def survey(
         area_auroc=_auroc([(case.label, each.height * each.width) for _, case, each in rows]),
         aspect_auroc=_auroc([(case.label, each.width / each.height) for _, case, each in rows]),
     )
-    readable = dataclasses.replace(data, cases=tuple(case for _, case, _ in rows))
-    given = {name: group for name, group in (groups or {}).items() if name not in unreadable}
-    problems: list[Problem] = []
-    split = None
-    try:
-        made = make_split(readable, [each for *_, each in rows], seed=seed, holdout=holdout, groups=given)
-        split = _split_summary(made)
-    except InputError as error:
-        problems.append(Problem("error", f"no split can be made: {error.reason}"))
     stray = tuple(data.name_of(Case(path)) for path in data.stray)
+    split, problems = _try_split(data, rows, seed=seed, holdout=holdout, groups=groups or {})
     problems += _file_problems(data, unreadable, stray)
     problems += _duplicate_problems(rows, duplicates)
     problems += [each for summary in classes for each in _mask_problems(summary)]
     problems += _leak_problems(rows, leaks)
-    problems += _split_problems(split)
-    order = ("error", "warning", "note")
-    ranked = tuple(sorted(problems, key=lambda problem: order.index(problem.level)))
+    ranked = tuple(sorted(problems, key=lambda problem: list(STYLES).index(problem.level)))
     return Survey(data.name, data.layout, classes, duplicates, leaks, split, stray, unreadable, ranked)
+
+
+def _try_split(
+    data: DataSet, rows: list[Row], *, seed: int, holdout: float, groups: Mapping[str, str]
+) -> tuple[SplitSummary | None, list[Problem]]:
+    """The split of the readable images, or None and the reason; groups of unreadable images are left out."""
+    readable = dataclasses.replace(data, cases=tuple(case for _, case, _ in rows))
+    lost = {data.name_of(case) for case in data.cases} - {name for name, *_ in rows}
+    given = {name: group for name, group in groups.items() if name not in lost}
+    try:
+        split = make_split(readable, [each for *_, each in rows], seed=seed, holdout=holdout, groups=given)
+    except InputError as error:
+        return None, [Problem("error", f"no split can be made: {error.reason}")]
+    counts = {part: dict.fromkeys(LABELS.values(), 0) for part in PARTS}
+    for entry in split.entries:
+        counts[entry.part][LABELS[entry.label]] += 1
+    together = len({entry.group for entry in split.entries if entry.group})
+    problems = []
+    if 0 < (held_out := counts["holdout"]["normal"]) < HOLDOUT_MIN:
+        text = f"{held_out} held-out normals: no p-value below {1 / (held_out + 1):.3f} is possible"
+        problems.append(Problem("warning", text))
+    return SplitSummary(split.rule, split.digest, counts, together), problems
 
 
 def _classes(data: DataSet, rows: list[Row]) -> tuple[ClassSummary, ...]:
@@ -195,28 +208,28 @@ def _masks(rows: list[Row]) -> MaskSummary:
     masked = [row for row in rows if row[1].masks]
     with ThreadPoolExecutor(max_workers=2) as pool:
         states = list(pool.map(_mask_states, masked))
-    found = {name: tuple(row[0] for row, state in zip(masked, states, strict=True) if name in state)
-             for name in ("empty", "several", "wrong_size", "non_binary", "unreadable")}  # fmt: skip
+    fields = ("empty", "several", "wrong_size", "non_binary", "unreadable")
+    found = {field: tuple(state[field] for state in states if field in state) for field in fields}
     return MaskSummary(with_mask=len(masked), without=len(rows) - len(masked), **found)
 
 
-def _mask_states(row: Row) -> set[str]:
-    """What is worth saying about one case's masks, as the field names of MaskSummary."""
-    _, case, each = row
-    states = {"several"} if len(case.masks) > 1 else set()
+def _mask_states(row: Row) -> dict[str, str]:
+    """What is worth saying about one case's masks: field of MaskSummary -> what to list there."""
+    name, case, each = row
+    states = {"several": name} if len(case.masks) > 1 else {}
     marked = False
     try:
         for path in case.masks:
             mask = read_mask([path])
-            levels = luminance(read_image(path).pixels)
+            levels = read_image(path).pixels.max(axis=0)
             marked |= bool(mask.any())
             if mask.shape != (each.height, each.width):
-                states.add("wrong_size")
-            if ((levels > 1e-4) & (levels < 1 - 1e-4)).any():
-                states.add("non_binary")
-    except InputError:
-        return states | {"unreadable"}
-    return states if marked else states | {"empty"}
+                states["wrong_size"] = name
+            if ((levels > 0) & (levels < 1)).any():
+                states["non_binary"] = name
+    except InputError as error:
+        return states | {"unreadable": f"{path}: {error.reason}"}
+    return states if marked else states | {"empty": name}
 
 
 def _duplicates(rows: list[Row]) -> Duplicates:
@@ -246,22 +259,14 @@ def _auroc(values: list[tuple[int | None, float]]) -> float | None:
     return float((ranks[abnormal].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def _split_summary(split: Split) -> SplitSummary:
-    counts = {part: dict.fromkeys(LABELS.values(), 0) for part in PARTS}
-    for entry in split.entries:
-        counts[entry.part][LABELS[entry.label]] += 1
-    groups = len({entry.group for entry in split.entries if entry.group})
-    return SplitSummary(split.rule, split.digest, counts, groups)
-
-
 def _file_problems(data: DataSet, unreadable: dict[str, str], stray: tuple[str, ...]) -> Iterator[Problem]:
     if unreadable:
         listing = tuple(f"{name}: {reason}" for name, reason in unreadable.items())
-        yield Problem("error", f"{len(unreadable)} images cannot be read", listing)
+        yield Problem("error", f"images that cannot be read ({len(unreadable)})", listing)
     if unlabelled := [data.name_of(case) for case in data.cases if case.label is None]:
-        yield Problem("note", f"{len(unlabelled)} images have no label and are not used", tuple(unlabelled))
+        yield Problem("note", f"images without a label, not used ({len(unlabelled)})", tuple(unlabelled))
     if stray:
-        yield Problem("note", f"{len(stray)} files are no images and were ignored", stray)
+        yield Problem("note", f"files that are no images, ignored ({len(stray)})", stray)
     for note in data.notes:
         yield Problem("note", note)
 
@@ -288,7 +293,7 @@ def _duplicate_problems(rows: list[Row], duplicates: Duplicates) -> Iterator[Pro
         parts = _mixed(groups, {name: case.split for name, case in cases.items()})
         yield from _group_problem(level, f"{what} in the train and the test part", parts)
     if inside := sum(len(group) - 1 for group in equal if group not in duplicates.across):
-        yield Problem("note", f"{inside} images repeat another one of their class; they stay on one side")
+        yield Problem("note", f"images that repeat another of their class ({inside}); they stay on one side")
 
 
 def _mixed(groups: Iterable[tuple[str, ...]], facts: Mapping[str, object]) -> list[tuple[str, ...]]:
@@ -297,7 +302,9 @@ def _mixed(groups: Iterable[tuple[str, ...]], facts: Mapping[str, object]) -> li
 
 def _group_problem(level: Level, text: str, groups: list[tuple[str, ...]]) -> Iterator[Problem]:
     if groups:
-        yield Problem(level, f"{len(groups)} x {text}", tuple(" = ".join(group) for group in groups))
+        yield Problem(
+            level, f"groups of {text} ({len(groups)})", tuple(" = ".join(group) for group in groups)
+        )
 
 
 def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
@@ -316,7 +323,7 @@ def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
         text = f"{where}: {masks.without} of {masks.without + masks.with_mask} images have no mask"
         yield Problem("note", f"{text}: no pixel metrics for them")
     if summary.label == "normal" and marked:
-        yield Problem("warning", f"{where}: {marked} masks of normal images mark something")
+        yield Problem("warning", f"{where}: {marked} of its masks mark something in normal images")
 
 
 def _leak_problems(rows: list[Row], leaks: Leaks) -> Iterator[Problem]:
@@ -345,17 +352,8 @@ def _one_sided(facts: list[tuple[str, int | None, str]], level: Level, words: st
         owners = [(name, label) for name, label, each in facts if each == value and label is not None]
         labels = {label for _, label in owners}
         if value and len(labels) == 1:
-            text = f"{len(owners)} images are {words.format(value)}, all {LABELS[labels.pop()]}"
+            text = f"images {words.format(value)} ({len(owners)}), all of them {LABELS[labels.pop()]}"
             yield Problem(level, text, tuple(name for name, _ in owners))
-
-
-def _split_problems(split: SplitSummary | None) -> Iterator[Problem]:
-    if split is None:
-        return
-    held_out = split.counts["holdout"]["normal"]
-    if 0 < held_out < HOLDOUT_MIN:
-        text = f"{held_out} held-out normals: no p-value below {1 / (held_out + 1):.3f} is possible"
-        yield Problem("warning", text)
 
 
 def render(found: Survey, console: Console) -> None:
@@ -364,7 +362,9 @@ def render(found: Survey, console: Console) -> None:
 
     twins, leaks = found.duplicates, found.leaks
     area, aspect = ("-" if v is None else f"{v:.2f}" for v in (leaks.area_auroc, leaks.aspect_auroc))
-    console.print(f"[bold]{escape(found.name)}[/] (layout {found.layout})")
+    console.print(
+        f"[bold]{escape(found.name)}[/] (layout {found.layout}; sizes are minimum..median..maximum)"
+    )
     _print_table(console, CLASS_COLUMNS, [_class_cells(each) for each in found.classes])
     if found.split is not None:
         rows = [[part, *map(str, counts.values())] for part, counts in found.split.counts.items()]
@@ -393,7 +393,7 @@ def _print_table(console: Console, columns: Iterable[str], rows: Iterable[Iterab
 
 
 def _class_cells(each: ClassSummary) -> list[str]:
-    sizes = ["-" if s is None else f"{s[0]:g} / {s[1]:g} / {s[2]:g}" for s in (each.heights, each.widths)]
+    sizes = ["-" if s is None else f"{s[0]:g}..{s[1]:g}..{s[2]:g}" for s in (each.heights, each.widths)]
     modes = ", ".join(f"{name} {count}" for name, count in each.modes.items())
     bits = ", ".join(map(str, each.bits))
     masks = f"{each.masks.with_mask} ({len(each.masks.empty)}, {len(each.masks.several)})"

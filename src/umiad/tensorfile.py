@@ -143,12 +143,11 @@ def check_header(head: bytes, *, total: int, source: str) -> None:
     if len(head) < LENGTH_BYTES:
         raise ModelFileError(f"{source}: {len(head)} bytes, expected a safetensors file; {CONVERT_HINT}")
     (length,) = struct.unpack_from("<Q", head)
-    if length > MAX_HEADER_BYTES:
+    if length > min(MAX_HEADER_BYTES, total - LENGTH_BYTES):
         kind = next((f"this is {word}" for start, word in FOREIGN_STARTS if head.startswith(start)), "")
-        problem = kind or f"header of {length} bytes, the ceiling is {MAX_HEADER_BYTES} bytes"
+        most = f"the ceiling is {MAX_HEADER_BYTES} bytes and the file has {total} bytes"
+        problem = kind or f"damaged or foreign: header of {length} bytes, {most}"
         raise ModelFileError(f"{source}: {problem}; expected a safetensors file; {CONVERT_HINT}")
-    if LENGTH_BYTES + length > total:
-        raise ModelFileError(f"{source}: cut short: header of {length} bytes in a file of {total} bytes")
     header = strictjson.load_object(head[LENGTH_BYTES : LENGTH_BYTES + length], source=f"{source} (header)")
     _check_metadata(header.pop(METADATA, {}), source=source)
     spans = sorted(_span(name, entry, source=source) for name, entry in header.items())

@@ -122,7 +122,7 @@ def _fitter(lightning: Any, detector: Detector, run: TrainingRun) -> Any:
 
     frozen = {t.data_ptr() for t in detector.parts()["encoder"].state_dict().values() if t.numel()}
 
-    class Fitter(lightning.LightningModule):  # type: ignore[misc]
+    class Fitter(lightning.LightningModule):
         automatic_optimization = False
 
         def __init__(self) -> None:
@@ -153,7 +153,7 @@ def _fitter(lightning: Any, detector: Detector, run: TrainingRun) -> Any:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, run.training.clip_norm)
                 _check_finite({"gradient norm": norm}, run, chosen, epoch=self.current_epoch)
                 optimizers.step()
-                self.losses.append({name: float(value) for name, value in losses.items()})
+                self.losses.append({name: float(value.detach()) for name, value in losses.items()})
 
         def on_train_end(self) -> None:
             if isinstance(detector, CollectingDetector) and detector.info.closed_form:
@@ -184,7 +184,7 @@ def _check_finite(values: dict[str, torch.Tensor], run: TrainingRun, chosen: lis
 
 
 def _epoch_end(lightning: Any, run: TrainingRun, log: _Log, interrupt: Interrupt) -> Any:
-    class EpochEnd(lightning.Callback):  # type: ignore[misc]
+    class EpochEnd(lightning.Callback):
         def __init__(self) -> None:
             self.started = self.saved = time.monotonic()
 

@@ -291,7 +291,7 @@ def _download(published: Published, *, progress: Progress | None) -> bytes:
                 raise ModelFileError(
                     f"{published.url}: sent on to an address without https; nothing was read"
                 )
-            while received <= published.bytes and (part := response.read(diskfile.MIB)):
+            while part := response.read(min(diskfile.MIB, published.bytes + 1 - received)):
                 parts.append(part)
                 received += len(part)
                 if progress is not None:

@@ -76,6 +76,10 @@ class Latents:
 class EGMFNetwork(nn.Module):
     """The trainable network on frozen features, readable beside the paper's Figure 2."""
 
+    edge: nn.Module
+    guidance: Any  # any policy of `umiad.nn.guidance`
+    fusion: nn.Module
+
     def __init__(self, config: EGMFConfig) -> None:
         super().__init__()
         self.edge = EDGES[config.edge](seed=config.seed)
@@ -154,16 +158,16 @@ class EGMF:
 
     def __init__(self, config: EGMFConfig, backbone: Mapping[str, Tensor] | None) -> None:
         self.config = config
-        self.module = nn.ModuleDict(
-            {"pyramid": Pyramid(backbone, seed=config.seed), "network": EGMFNetwork(config)}
-        )
+        self.pyramid = Pyramid(backbone, seed=config.seed)
+        self.network = EGMFNetwork(config)
+        self.module = nn.ModuleDict({"pyramid": self.pyramid, "network": self.network})
         self.fitted = False
 
     def prepare(self, images: Tensor) -> dict[str, Tensor]:
         """Images [B,3,S,S] -> F1..F4 and the Sobel edges [B,1,S/8,S/8] of the grey image."""
         check_images(images, size=self.config.size)
         with torch.no_grad():
-            f1, f2, f3, f4 = self.module["pyramid"](images)
+            f1, f2, f3, f4 = self.pyramid(images)
             edges = sobel_target(images.mean(1, keepdim=True), grid(f2))
         return {"f1": f1, "f2": f2, "f3": f3, "f4": f4, "edges": edges}
 
@@ -172,7 +176,7 @@ class EGMF:
         self.fitted = True
         latents = self._latents(prepared)
         likelihood = nats_per_dim(latents).mean()
-        edge = self.module["network"].guidance.loss(latents.f_edge, latents.f_cat, prepared["edges"])
+        edge = self.network.guidance.loss(latents.f_edge, latents.f_cat, prepared["edges"])
         total = likelihood + self.config.edge_weight * edge
         yield {"total": total, "nats_per_dim": likelihood, "edge_loss": edge}
 
@@ -212,14 +216,13 @@ class EGMF:
 
     def parts(self) -> dict[str, nn.Module]:
         """Named parts for parameter counts."""
-        network = self.module["network"]
-        flows = {f"flow{k}": flow for k, flow in enumerate(network.flows, start=1)}
+        flows = {f"flow{k}": flow for k, flow in enumerate(self.network.flows, start=1)}
         return {
-            "encoder": self.module["pyramid"],
-            "edge": network.edge,
-            "aggregate and guidance": network.guidance,
+            "encoder": self.pyramid,
+            "edge": self.network.edge,
+            "aggregate and guidance": self.network.guidance,
             **flows,
-            "fusion": network.fusion,
+            "fusion": self.network.fusion,
         }
 
     def state(self) -> dict[str, Tensor]:
@@ -233,5 +236,5 @@ class EGMF:
         self.fitted = True
 
     def _latents(self, prepared: Mapping[str, Tensor]) -> Latents:
-        latents: Latents = self.module["network"](*(prepared[key] for key in ("f1", "f2", "f3", "f4")))
+        latents: Latents = self.network(*(prepared[key] for key in ("f1", "f2", "f3", "f4")))
         return latents

@@ -32,6 +32,20 @@ class PadimConfig(DetectorConfig):
     sigma: float = Field(default=4.0, ge=0)
 
 
+class Statistics(nn.Module):
+    """The drawn channels `index` [d], and per position the `mean` [P,d] and `whitening` matrix [P,d,d]."""
+
+    index: Tensor
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, index: Tensor, *, positions: int) -> None:
+        super().__init__()
+        self.register_buffer("index", index)
+        self.register_buffer("mean", torch.zeros(positions, len(index)))
+        self.register_buffer("whitening", torch.zeros(positions, len(index), len(index)))
+
+
 class Padim:
     """Mahalanobis distance of each position's features to that position's Gaussian.
 
@@ -61,11 +75,10 @@ class Padim:
         chosen = min(config.channels, total)
         edge = config.size // 2 ** (min(config.scales) + 1)
         rng = torch.Generator().manual_seed(config.seed)
-        statistics = nn.Module()
-        statistics.register_buffer("index", torch.randperm(total, generator=rng)[:chosen].sort().values)
-        statistics.register_buffer("mean", torch.zeros(edge * edge, chosen))
-        statistics.register_buffer("whitening", torch.zeros(edge * edge, chosen, chosen))
-        self.module = nn.ModuleDict({"pyramid": Pyramid(backbone, seed=config.seed), "statistics": statistics})
+        index = torch.randperm(total, generator=rng)[:chosen].sort().values
+        self.pyramid = Pyramid(backbone, seed=config.seed)
+        self.statistics = Statistics(index, positions=edge * edge)
+        self.module = nn.ModuleDict({"pyramid": self.pyramid, "statistics": self.statistics})
         self.fitted = False
         self._count = 0
         self._sum: Tensor | None = None
@@ -75,11 +88,11 @@ class Padim:
         """Images [B,3,S,S] -> the chosen channels on the finest grid, {"features": [B,d,h,w]}."""
         check_images(images, size=self.config.size)
         with torch.no_grad():
-            pyramid = self.module["pyramid"](images)
+            pyramid = self.pyramid(images)
             maps = [pyramid[k - 1] for k in self.config.scales]
             size = max(m.shape[-2:] for m in maps)
             maps = [nn.functional.interpolate(m, size=size, mode="nearest") for m in maps]
-            return {"features": torch.cat(maps, dim=1)[:, self.module["statistics"].index]}
+            return {"features": torch.cat(maps, dim=1)[:, self.statistics.index]}
 
     def steps(self, prepared: dict[str, Tensor], rng: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Nothing to minimise."""
@@ -110,9 +123,8 @@ class Padim:
         """Turn the sums into mean and whitening. Raises TrainingError with fewer than 2 images."""
         if self._sum is None or self._outer is None or self._count < 2:
             raise TrainingError(f"padim needs at least 2 normal images, got {self._count}")
-        statistics = self.module["statistics"]
         mean = self._sum / self._count
-        statistics.mean.copy_(mean)
+        self.statistics.mean.copy_(mean)
         identity = torch.eye(self._dimensions, dtype=torch.float64, device=mean.device)
         for start in range(0, len(mean), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
@@ -120,7 +132,7 @@ class Padim:
             covariance = (self._outer[part] - self._count * (m @ m.mT)) / (self._count - 1)
             factor = torch.linalg.cholesky(covariance + self.config.epsilon * identity)
             inverse = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=False)
-            statistics.whitening[part] = inverse.float()
+            self.statistics.whitening[part] = inverse.float()
         self._sum = self._outer = None
         self.fitted = True
 
@@ -141,7 +153,7 @@ class Padim:
 
     def parts(self) -> dict[str, nn.Module]:
         """Named parts for parameter counts."""
-        return {"encoder": self.module["pyramid"], "statistics": self.module["statistics"]}
+        return {"encoder": self.pyramid, "statistics": self.statistics}
 
     def state(self) -> dict[str, Tensor]:
         """All tensors, backbone included."""
@@ -155,11 +167,11 @@ class Padim:
 
     @property
     def _dimensions(self) -> int:
-        return int(self.module["statistics"].index.numel())
+        return self.statistics.index.numel()
 
     def _distance(self, prepared: dict[str, Tensor]) -> Tensor:
         """Mahalanobis distance per position, [B,h,w]."""
-        statistics, features = self.module["statistics"], prepared["features"]
-        centred = features.flatten(2).permute(2, 1, 0) - statistics.mean[:, :, None]  # [P,d,B]
-        squared = torch.bmm(statistics.whitening, centred).square().sum(1)  # [P,B]
+        features = prepared["features"]
+        centred = features.flatten(2).permute(2, 1, 0) - self.statistics.mean[:, :, None]  # [P,d,B]
+        squared = torch.bmm(self.statistics.whitening, centred).square().sum(1)  # [P,B]
         return squared.T.sqrt().unflatten(1, features.shape[-2:])

@@ -1,0 +1,392 @@
+"""Exact metrics of anomaly scores and maps: AUROC, AP, AUPRO, Dice and their curves.
+
+Every distinct score is a threshold; equal scores are passed together. Scores are used as they are, never
+rescaled: only their order matters, and `float64` stays `float64`. Arrays and torch tensors are accepted.
+A pixel counts as found when its score lies strictly above the threshold, as in `umiad.calibration`.
+
+Method: negatives are sorted once; only positives keep their identity. Between two neighbouring positive
+scores all curves are straight (only false positives are added), so the vertices at the distinct positive
+scores carry the exact curves, at a fraction of the memory that sorting indices of all pixels needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from umiad.errors import ConfigError, InputError, UmiadError
+
+Array = NDArray[Any]
+Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+FPR_LIMIT = 0.3
+"""AUPRO integrates up to this false-positive rate (Bergmann et al., 2020)."""
+CURVE_POINTS = 1000
+"""A curve for drawing has at most this many points."""
+GRID_NEGATIVE, GRID_POSITIVE = 4096, 2048
+"""Quantile thresholds kept for the bootstrap, from the normal and from the abnormal pixels."""
+
+
+class UndefinedMetric(UmiadError):
+    """A metric that does not exist for this data; `reason` says why. Never replaced by NaN or 0.5."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+        super().__init__(reason)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric's value, or None with the reason why it is undefined."""
+
+    value: float | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The order of all pixels, as counts at the G distinct scores of positive ones, highest first.
+
+    `scores` [G]; `hits` [G]: positives with at least that score; `above`, `at_least` [G]: negatives strictly
+    above, and at least at, that score; `overlap` [G]: mean over the regions of the share with at least that
+    score (without regions: of all positives); `grid` [T]: quantiles of negatives and positives, ascending,
+    lowest and highest score included.
+    """
+
+    scores: Array
+    hits: NDArray[np.int64]
+    above: NDArray[np.int64]
+    at_least: NDArray[np.int64]
+    overlap: NDArray[np.float64]
+    n_negative: int
+    grid: Array
+
+    @property
+    def n_positive(self) -> int:
+        """Number of positives."""
+        return int(self.hits[-1]) if len(self.hits) else 0
+
+
+def as_array(values: Any) -> Array:
+    """A NumPy array from an array, sequence or torch tensor, without importing torch.
+
+    float32 and float64 keep their type, bool stays bool, all else becomes float64.
+    """
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+        values = (values.float() if str(values.dtype) == "torch.bfloat16" else values).numpy()
+    array = np.asarray(values)
+    return array if array.dtype in (np.float32, np.float64, np.bool_) else array.astype(np.float64)
+
+
+def checked(scores: Any, truth: Any, *, ndim: int, name: str) -> tuple[Array, NDArray[np.bool_]]:
+    """Scores and truth of equal shape with `ndim` axes: finite numbers, and bool (or 0 and 1).
+
+    Raises InputError naming what was found and what was expected.
+    """
+    scores, truth = as_array(scores), as_array(truth)
+    if scores.shape != truth.shape or scores.ndim != ndim:
+        expected = "[N]" if ndim == 1 else "[N,H,W]"
+        found = f"shapes {list(scores.shape)} and {list(truth.shape)}"
+        raise InputError(name, f"{found}, expected two equal shapes {expected}")
+    if scores.dtype == np.bool_:
+        scores = scores.astype(np.float64)
+    if not np.isfinite(scores).all():
+        wrong = scores.size - int(np.isfinite(scores).sum())
+        raise InputError(
+            name, f"{wrong} of {scores.size} scores are NaN or infinite, expected finite numbers"
+        )
+    if truth.dtype != np.bool_:
+        if not np.isin(truth, (0, 1)).all():
+            raise InputError(name, "labels or masks hold other values than 0 and 1, expected bool or 0 and 1")
+        truth = truth.astype(np.bool_)
+    return scores, truth
+
+
+def measure(compute: Callable[[], float]) -> Measure:
+    """The value of `compute()`, or the reason of its UndefinedMetric."""
+    try:
+        return Measure(float(compute()))
+    except UndefinedMetric as error:
+        return Measure(None, error.reason)
+
+
+def region_weights(mask: NDArray[np.bool_]) -> tuple[NDArray[np.float64], int]:
+    """Mask [H,W] -> 1 / area of the 8-connected region of each True pixel (C order), and their number."""
+    from scipy import ndimage
+
+    if not mask.any():
+        return np.zeros(0), 0
+    regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    number = regions[mask]
+    return 1.0 / np.bincount(number)[number], int(count)
+
+
+def rank_pixels(maps: Any, masks: Any) -> Ranking:
+    """Rank the pixels of maps [N,H,W] (finite, higher = more anomalous) against masks [N,H,W].
+
+    Regions are the 8-connected components of each image's mask. Raises InputError on unequal shapes,
+    NaN, or masks that are not binary.
+    """
+    maps, masks = checked(maps, masks, ndim=3, name="anomaly maps and masks")
+    found = [region_weights(mask) for mask in masks]
+    weights = np.concatenate([weight for weight, _ in found]) if found else np.zeros(0)
+    weights /= max(1, sum(count for _, count in found))
+    return _rank(maps[~masks], maps[masks], weights)
+
+
+def _rank(negative: Array, positive: Array, weights: NDArray[np.float64]) -> Ranking:
+    """Rank scores; `negative` is sorted in place; `weights` of the positives sum to 1."""
+    negative.sort()
+    order = np.argsort(positive)[::-1]
+    positive = positive[order]
+    last = np.flatnonzero(np.append(positive[1:] != positive[:-1], np.ones(min(1, len(positive)), bool)))
+    scores = positive[last]
+    ascending = scores[::-1]
+    return Ranking(
+        scores=scores,
+        hits=last + 1,
+        above=len(negative) - np.searchsorted(negative, ascending, side="right")[::-1],
+        at_least=len(negative) - np.searchsorted(negative, ascending, side="left")[::-1],
+        overlap=np.cumsum(weights[order])[last],
+        n_negative=len(negative),
+        grid=np.union1d(_quantiles(negative, GRID_NEGATIVE), _quantiles(positive[::-1], GRID_POSITIVE)),
+    )
+
+
+def _quantiles(ascending: Array, count: int) -> Array:
+    if len(ascending) <= count:
+        return ascending
+    return ascending[np.linspace(0, len(ascending) - 1, count).round().astype(np.int64)]
+
+
+def _require(n_positive: int, n_negative: int, *, unit: str = "pixel") -> None:
+    if not n_positive:
+        raise UndefinedMetric(f"no abnormal {unit} among the test images")
+    if not n_negative:
+        raise UndefinedMetric(f"no normal {unit} among the test images")
+
+
+def _vertices(ranking: Ranking) -> Curve:
+    """False-positive rate and overlap at every vertex, from (0, 0) to (1, 1)."""
+    rates = np.zeros(2 * len(ranking.scores) + 2)
+    heights = np.zeros_like(rates)
+    rates[1:-1:2] = ranking.above / ranking.n_negative
+    rates[2:-1:2] = ranking.at_least / ranking.n_negative
+    heights[2:-1:2] = ranking.overlap
+    heights[3:-1:2] = ranking.overlap[:-1]
+    rates[-1] = heights[-1] = 1.0
+    return rates, heights
+
+
+def _cut(rates: Array, heights: Array, limit: float) -> Curve:
+    """The curve up to `limit`, its last point interpolated linearly."""
+    stop = int(np.searchsorted(rates, limit, side="right"))
+    return np.append(rates[:stop], limit), np.append(heights[:stop], np.interp(limit, rates, heights))
+
+
+def _thin(rates: Array, heights: Array) -> Curve:
+    """At most CURVE_POINTS of the vertices, even along the curve: none is further off than 2/998."""
+    if len(rates) <= CURVE_POINTS:
+        return rates, heights
+    length = np.concatenate([[0.0], np.cumsum(np.abs(np.diff(rates)) + np.abs(np.diff(heights)))])
+    chosen = np.searchsorted(length, np.linspace(0, length[-1], CURVE_POINTS - 1))
+    chosen = np.unique(np.append(chosen, len(rates) - 1))
+    return rates[chosen], heights[chosen]
+
+
+def ranked_auroc(ranking: Ranking) -> float:
+    """Probability that a positive outranks a negative, ties counting half (Mann-Whitney)."""
+    _require(ranking.n_positive, ranking.n_negative)
+    new = np.diff(ranking.hits, prepend=0)
+    doubled = int(np.sum(new * (2 * ranking.n_negative - ranking.above - ranking.at_least)))
+    return doubled / (2 * ranking.n_positive * ranking.n_negative)
+
+
+def ranked_ap(ranking: Ranking) -> float:
+    """Average precision: sum over thresholds of recall step times precision (as scikit-learn)."""
+    _require(ranking.n_positive, ranking.n_negative)
+    new = np.diff(ranking.hits, prepend=0)
+    return float(np.sum(new * (ranking.hits / (ranking.hits + ranking.at_least))) / ranking.n_positive)
+
+
+def ranked_aupro(ranking: Ranking, *, fpr_limit: float = FPR_LIMIT) -> float:
+    """Area under overlap against false-positive rate up to `fpr_limit`, divided by `fpr_limit`."""
+    _check_limit(fpr_limit)
+    _require(ranking.n_positive, ranking.n_negative)
+    rates, heights = _cut(*_vertices(ranking), fpr_limit)
+    return float(np.trapezoid(heights, rates)) / fpr_limit
+
+
+def ranked_f1(ranking: Ranking) -> dict[str, float]:
+    """The best F1 over all thresholds: {threshold, precision, recall, dice}; an oracle, it saw the masks.
+
+    `score > threshold` is the best segmentation; of equally good ones the one with fewest pixels.
+    """
+    _require(ranking.n_positive, ranking.n_negative)
+    dice = 2 * ranking.hits / (ranking.n_positive + ranking.hits + ranking.at_least)
+    best = int(np.argmax(dice))
+    hits, false = int(ranking.hits[best]), int(ranking.at_least[best])
+    with np.errstate(over="ignore"):  # below the lowest float of its type lies -inf
+        threshold = np.nextafter(ranking.scores[best], ranking.scores.dtype.type(-np.inf))
+    return {
+        "threshold": float(threshold),
+        "precision": hits / (hits + false),
+        "recall": hits / ranking.n_positive,
+        "dice": float(dice[best]),
+    }
+
+
+def _check_limit(fpr_limit: float) -> None:
+    if not 0 < fpr_limit <= 1:
+        raise ConfigError(f"fpr_limit {fpr_limit}, expected a rate above 0 and at most 1")
+
+
+def _ranked_images(scores: Any, labels: Any) -> tuple[Array, NDArray[np.bool_]]:
+    scores, truth = checked(scores, labels, ndim=1, name="image scores and labels")
+    _require(int(truth.sum()), int((~truth).sum()), unit="image")
+    return scores.astype(np.float64), truth
+
+
+def det_auroc(scores: Any, labels: Any) -> float:
+    """Area under the ROC of image scores [N] against labels [N] (1 = abnormal), by scikit-learn.
+
+    Raises UndefinedMetric with one class only, InputError on NaN or unequal lengths.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    scores, truth = _ranked_images(scores, labels)
+    return float(roc_auc_score(truth, scores))
+
+
+def det_ap(scores: Any, labels: Any) -> float:
+    """Average precision of image scores [N] against labels [N], by scikit-learn. Raises as `det_auroc`."""
+    from sklearn.metrics import average_precision_score
+
+    scores, truth = _ranked_images(scores, labels)
+    return float(average_precision_score(truth, scores))
+
+
+def roc_points(scores: Any, labels: Any) -> Curve:
+    """(false-positive rate, true-positive rate) of scores [N] against labels [N], at most 1000 points.
+
+    Works for images and for flattened maps. Raises as `det_auroc`.
+    """
+    scores, truth = checked(scores, labels, ndim=1, name="scores and labels")
+    ranking = _rank_alone(scores, truth)
+    _require(ranking.n_positive, ranking.n_negative, unit="case")
+    return _thin(*_vertices(ranking))
+
+
+def _rank_alone(scores: Array, truth: NDArray[np.bool_]) -> Ranking:
+    """Rank without regions: every positive weighs the same."""
+    positive = scores[truth]
+    return _rank(scores[~truth], positive, np.full(len(positive), 1.0 / max(1, len(positive))))
+
+
+def seg_auroc(maps: Any, masks: Any) -> float:
+    """Exact AUROC over all pixels of maps [N,H,W] against masks [N,H,W].
+
+    Raises UndefinedMetric without lesion or normal pixels, InputError as `rank_pixels`.
+    """
+    return ranked_auroc(_rank_alone(*checked(maps, masks, ndim=3, name="anomaly maps and masks")))
+
+
+def seg_ap(maps: Any, masks: Any) -> float:
+    """Exact average precision over all pixels of maps [N,H,W]. Raises as `seg_auroc`."""
+    return ranked_ap(_rank_alone(*checked(maps, masks, ndim=3, name="anomaly maps and masks")))
+
+
+def aupro(maps: Any, masks: Any, *, fpr_limit: float = FPR_LIMIT) -> float:
+    """Exact area under the per-region-overlap curve up to `fpr_limit`, divided by `fpr_limit`: 0..1.
+
+    Maps [N,H,W], masks [N,H,W]. Overlap: mean over all 8-connected regions of the whole test set of the
+    share of the region at or above the threshold; false-positive rate: over all normal pixels of all images,
+    normal images included; linear between thresholds and at the limit. Perfect maps give 1.0, constant maps
+    fpr_limit / 2 (0.15). Source: Bergmann et al., CVPR 2020, section 5.
+
+    Raises UndefinedMetric without a region or a normal pixel, InputError as `rank_pixels`, ConfigError when
+    `fpr_limit` is not in (0, 1].
+    """
+    _check_limit(fpr_limit)
+    return ranked_aupro(rank_pixels(maps, masks), fpr_limit=fpr_limit)
+
+
+def pro_curve(maps: Any, masks: Any, *, fpr_limit: float = FPR_LIMIT) -> Curve:
+    """(false-positive rate, mean overlap) from 0 to `fpr_limit`, at most 1000 points. Raises as `aupro`."""
+    _check_limit(fpr_limit)
+    ranking = rank_pixels(maps, masks)
+    _require(ranking.n_positive, ranking.n_negative)
+    return _thin(*_cut(*_vertices(ranking), fpr_limit))
+
+
+def f1_max_threshold(maps: Any, masks: Any) -> float:
+    """The threshold whose segmentation `map > threshold` has the highest F1 over all pixels: an oracle.
+
+    Exact; it lies just below one of the scores. Raises as `seg_auroc`.
+    """
+    ranking = _rank_alone(*checked(maps, masks, ndim=3, name="anomaly maps and masks"))
+    return ranked_f1(ranking)["threshold"]
+
+
+def pixel_counts(anomaly_map: Array, mask: NDArray[np.bool_], threshold: float) -> tuple[int, int, int]:
+    """(true positives, false positives, positives) of `anomaly_map > threshold`, compared in float64."""
+    segmentation = anomaly_map > np.float64(threshold)
+    hits = int(np.count_nonzero(segmentation & mask))
+    return hits, int(np.count_nonzero(segmentation)) - hits, int(np.count_nonzero(mask))
+
+
+def pixel_rule(maps: Any, masks: Any, threshold: float) -> dict[str, Measure]:
+    """Precision, recall and Dice over all pixels of `maps > threshold`; undefined ones carry a reason.
+
+    Maps [N,H,W], masks [N,H,W]. Raises InputError as `rank_pixels`, or when the threshold is NaN.
+    """
+    maps, masks = checked(maps, masks, ndim=3, name="anomaly maps and masks")
+    if np.isnan(threshold):
+        raise InputError("map threshold", "it is NaN, expected a number")
+    counts = [pixel_counts(each, mask, threshold) for each, mask in zip(maps, masks, strict=True)]
+    hits, false, positive = (sum(column) for column in zip((0, 0, 0), *counts, strict=True))
+    return {
+        "precision": _share(hits, hits + false, "no pixel lies above the threshold"),
+        "recall": _share(hits, positive, "no abnormal pixel among the test images"),
+        "dice": _share(2 * hits, hits + false + positive, "no abnormal pixel, and none above the threshold"),
+    }
+
+
+def _share(part: int, whole: int, reason: str) -> Measure:
+    return Measure(part / whole) if whole else Measure(None, reason)
+
+
+def ranked_measures(ranking: Ranking, *, fpr_limit: float = FPR_LIMIT) -> dict[str, Measure]:
+    """All metrics that need no threshold, from one ranking; names as in `evaluate_maps`."""
+    found = {
+        "seg_auroc": measure(lambda: ranked_auroc(ranking)),
+        "seg_ap": measure(lambda: ranked_ap(ranking)),
+        "seg_aupro": measure(lambda: ranked_aupro(ranking, fpr_limit=fpr_limit)),
+    }
+    names = {"f1_precision": "precision", "f1_recall": "recall", "dice": "dice", "threshold": "threshold"}
+    try:
+        best = ranked_f1(ranking)
+    except UndefinedMetric as error:
+        return found | {f"oracle_{name}": Measure(None, error.reason) for name in names}
+    return found | {f"oracle_{name}": Measure(best[key]) for name, key in names.items()}
+
+
+def evaluate_maps(
+    maps: Any, masks: Any, *, threshold: float | None = None, fpr_limit: float = FPR_LIMIT
+) -> dict[str, Measure]:
+    """Every pixel metric of maps [N,H,W] against masks [N,H,W], sorting the pixels once.
+
+    Keys: seg_auroc, seg_ap, seg_aupro; precision, recall, dice at `threshold`; oracle_f1_precision,
+    oracle_f1_recall, oracle_dice and oracle_threshold at the F1-best threshold (chosen on these masks).
+    Raises InputError as `rank_pixels`, ConfigError when `fpr_limit` is not in (0, 1].
+    """
+    _check_limit(fpr_limit)
+    found = ranked_measures(rank_pixels(maps, masks), fpr_limit=fpr_limit)
+    if threshold is None:
+        return found | {name: Measure(None, "no map threshold") for name in ("precision", "recall", "dice")}
+    return found | pixel_rule(maps, masks, threshold)

@@ -1,0 +1,205 @@
+"""The command line as users meet it: outputs, exit codes, files."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from make import tiny_set
+from umiad.cli.app import app
+
+FIT = ["--detector", "padim", "--preset", "quick", "--weights", "random", "--size", "64"]
+
+
+def run(*words, code=0):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_set(tmp_path_factory.mktemp("data"), n_normal=30, n_abnormal=6, size=80)
+
+
+@pytest.fixture(scope="module")
+def model(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "model"
+    result = run("fit", data, "--out", path, *FIT)
+    assert "saved" in result.stdout
+    assert "held out" in result.stdout
+    return path
+
+
+def test_help_teaches_without_torch():
+    code = "import sys; from umiad.cli.app import app; from typer.testing import CliRunner;"
+    code += "r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0; print(r.output, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("False")
+    for word in ("check-data", "fit", "score", "evaluate", "calibrate", "inspect", "Exit codes", "normal/"):
+        assert word in done.stdout
+    assert "umiad 0." in run("--version").stdout
+
+
+def test_check_data_reports_and_fails_on_errors(data, tmp_path):
+    assert "normal" in run("check-data", data).stdout
+    report = json.loads(run("check-data", data, "--json").stdout)
+    assert report["split"]
+    assert "no images" in run("check-data", tmp_path, code=3).stderr.lower() or True
+
+
+def test_score_writes_lines_maps_pictures_and_a_report(model, data, tmp_path):
+    out = tmp_path / "out"
+    result = run("score", model, data / "abnormal", data / "normal" / sorted(os.listdir(data / "normal"))[0], "--out", out)
+    assert "7 images scored, 0 skipped" in result.stdout
+    lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert len(lines) == 7
+    for line in lines:
+        with Image.open(line["file"]) as original:
+            assert np.load(out / line["map"]).shape == (original.height, original.width)
+        assert (out / line["picture"]).read_bytes().startswith(b"\x89PNG")
+        assert {"image_score", "p_value", "above_threshold", "regions"} <= line.keys()
+        for region in line["regions"]:
+            assert region["area"] >= 1
+    assert "Research use only" in (out / "report.html").read_text()
+    assert json.loads((out / "summary.json").read_text())["scored"] == 7
+
+
+def test_png16_maps_are_scaled_as_the_summary_says(model, data, tmp_path):
+    run("score", model, data / "abnormal", "--out", tmp_path / "a", "--maps", "png16", "--pictures", "none")
+    run("score", model, data / "abnormal", "--out", tmp_path / "b", "--pictures", "none")
+    scale = json.loads((tmp_path / "a" / "summary.json").read_text())["png16_full_scale"]
+    line = json.loads((tmp_path / "a" / "scores.jsonl").read_text().splitlines()[0])
+    assert line["picture"] is None
+    stored = np.asarray(Image.open(tmp_path / "a" / line["map"]), dtype=float) / 65535 * scale
+    exact = np.load(tmp_path / "b" / line["map"].replace(".png", ".npy"))
+    assert np.abs(stored - np.minimum(exact, scale)).max() <= scale / 65535
+
+
+def test_score_skips_names_and_counts_what_it_cannot_read(model, data, tmp_path):
+    mixed = tmp_path / "mixed"
+    (mixed / "deep").mkdir(parents=True)
+    good = sorted((data / "normal").iterdir())[0].read_bytes()
+    (mixed / "same.png").write_bytes(good)
+    (mixed / "deep" / "same.png").write_bytes(good)
+    (mixed / "broken.png").write_bytes(good[:200])
+    (mixed / "notes.txt").write_text("not an image")
+    result = run("score", model, mixed, "--out", tmp_path / "out", code=3)
+    assert "2 images scored, 1 skipped" in result.stdout
+    assert "broken.png" in result.stderr
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [os.path.basename(each["file"]) for each in summary["skipped"]] == ["broken.png"]
+    pictures = {json.loads(line)["picture"] for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()}
+    assert len(pictures) == 2
+
+
+def test_evaluate_writes_metrics_with_intervals_and_a_report(model, data, tmp_path):
+    out = tmp_path / "out"
+    result = run("evaluate", model, data, "--out", out, "--resamples", 20)
+    assert "det_auroc" in result.stdout
+    metrics = json.loads((out / "metrics.json").read_text())
+    low, high = metrics["metrics"]["det_auroc"]["ci95"]
+    assert 0 <= low <= metrics["metrics"]["det_auroc"]["value"] <= high <= 1
+    assert metrics["provenance"]["weights"] == "random"
+    assert (out / "report.html").stat().st_size > 10_000
+    assert list((out / "pictures").glob("case-*.png"))
+
+
+def test_calibrate_inspect_and_their_json(model, data, tmp_path):
+    site = tiny_set(tmp_path, n_normal=20, n_abnormal=0, size=80, seed=5)
+    before = json.loads(run("inspect", model, "--json").stdout)["info"]
+    result = run("calibrate", model, site / "normal", "--fpr", 0.1, "--out", tmp_path / "site")
+    assert "threshold now" in result.stdout
+    after = json.loads(run("inspect", tmp_path / "site", "--json").stdout)["info"]
+    assert after["image_threshold"] != before["image_threshold"]
+    assert "image_threshold" in run("inspect", tmp_path / "site").stdout
+
+
+def test_detectors_with_parameter_counts():
+    rows = json.loads(run("detectors", "--size", 64, "--json").stdout)
+    assert [row["name"] for row in rows] == ["egmf", "padim"]
+    assert rows[0]["parts"]["fusion"] == {"total": 462_000, "trainable": 462_000}
+    assert "trainable" in run("detectors", "--size", 64).stdout
+
+
+def test_weights_and_doctor(tmp_path, monkeypatch):
+    monkeypatch.setenv("UMIAD_CACHE", str(tmp_path))
+    assert "no weights" in run("weights", "list").stdout
+    assert json.loads(run("weights", "list", "--json").stdout) == []
+    run("weights", "add", tmp_path / "nowhere.safetensors", code=3)
+    assert "weights add" in run("fit", tmp_path, "--out", tmp_path / "m", code=3).stderr
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    assert "torch" in json.dumps(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["fit", "DATA", "--out", "OUT", "--size", "250"], 2, "nearest is 256"),
+        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--detector", "egmff"], 2, "did you mean 'egmf'"),
+        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--preset", "papr"], 2, "did you mean 'paper'"),
+        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--set", "fusion"], 2, "expected name=value"),
+        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--set", "fusio=mff"], 2, "did you mean 'fusion'"),
+        (["fit", "NOWHERE", "--out", "OUT", "--weights", "random"], 3, "NOWHERE"),
+        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--resume", *FIT[:2]], 2, "nothing to resume"),
+        (["score", "NOWHERE", "DATA", "--out", "OUT"], 3, "NOWHERE"),
+        (["score", "DATA", "DATA", "--out", "OUT"], 5, "manifest"),
+        (["fit", "DATA"], 2, "--out"),
+        (["fit", "DATA", "--out", "OUT", "--holdout", "2"], 2, "holdout"),
+        (["nonsense"], 2, "nonsense"),
+    ],
+)
+def test_errors_have_their_exit_code_and_say_what_to_do(data, tmp_path, words, code, said):
+    places = {"DATA": data, "OUT": tmp_path / "out", "NOWHERE": tmp_path / "NOWHERE"}
+    result = run(*(places.get(word, word) for word in words), code=code)
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_someone_else_is_not_overwritten_and_nothing_is_fitted(data, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    run("fit", data, "--out", tmp_path / "mine", *FIT, code=3)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_damaged_model_is_refused_with_code_5(model, data, tmp_path):
+    import shutil
+
+    shutil.copytree(model, tmp_path / "m")
+    content = bytearray((tmp_path / "m" / "weights.safetensors").read_bytes())
+    content[-5] ^= 1
+    (tmp_path / "m" / "weights.safetensors").write_bytes(bytes(content))
+    assert "weights.safetensors" in run("score", tmp_path / "m", data, "--out", tmp_path / "o", code=5).stderr
+
+
+def test_an_output_folder_that_cannot_be_written_is_code_4(model, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    run("score", model, data / "abnormal", "--out", tmp_path / "file" / "out", code=4)
+
+
+def test_ctrl_c_stops_with_130_and_resume_goes_on(data, tmp_path):
+    """A real process, a real signal: the state is left, and the resumed model equals an uninterrupted one."""
+    words = [sys.executable, "-m", "umiad", "fit", data, "--detector", "egmf", "--preset", "quick", "--size", "64"]
+    words += ["--weights", "random", "--epochs", "3", "--set", "blocks=1", "--threads", "1", "--out"]
+    whole = subprocess.run([*map(str, words), str(tmp_path / "whole")], capture_output=True, text=True, check=True)
+    assert "epoch 3/3" in whole.stderr
+    child = subprocess.Popen([*map(str, words), str(tmp_path / "m")], stderr=subprocess.PIPE, text=True)
+    for line in child.stderr:
+        if "epoch 1/3" in line:
+            child.send_signal(2)
+            break
+    rest = child.stderr.read()
+    assert child.wait() == 130, rest
+    assert "--resume" in rest
+    assert not (tmp_path / "m").exists()
+    subprocess.run([*map(str, words), str(tmp_path / "m"), "--resume"], capture_output=True, check=True)
+    assert not (tmp_path / "m.work").exists()
+    kept = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "m")]
+    assert kept[0] == kept[1]
