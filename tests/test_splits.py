@@ -74,7 +74,7 @@ def test_the_papers_sizes_and_the_hold_out(layout: str, normal: int, train: int,
         "test": normal - train - holdout + 7,
         "unused": 0,
     }
-    assert all(entry.label == 0 for part in ("train", "holdout") for entry in split.part(part))  # type: ignore[arg-type]
+    assert all(entry.label == 0 for part in ("train", "holdout") for entry in split.part(part))
 
 
 def test_the_seed_decides_and_nothing_else_does() -> None:

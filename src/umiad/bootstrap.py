@@ -4,6 +4,7 @@ Values are exact (`umiad.metrics`). Intervals are percentiles of resampled metri
 image a weight, so resampled image metrics are exact too; resampled pixel metrics come from counts per image
 at about 6000 quantile thresholds, with an error below 1e-3 (AUROC and AUPRO by construction: a step between
 neighbouring thresholds holds at most 1/4095 of the normal pixels), far below the width of any interval.
+Memory beside the inputs: about 150 kB per resample, whatever the number of images.
 """
 
 from __future__ import annotations
@@ -36,15 +37,19 @@ Draws = dict[str, NDArray[np.float64]]
 """Metric -> its value in every resample; NaN where the resample leaves it undefined (dropped later)."""
 
 DETECTION = ("det_auroc", "det_ap", "det_sensitivity", "det_specificity")
+"""Image metrics; sensitivity and specificity at the stated image threshold."""
 RULE = ("precision", "recall", "dice")
+"""Pixel metrics at the stated map threshold."""
 PIXEL = ("seg_auroc", "seg_ap", "seg_aupro", *RULE, "oracle_f1_precision", "oracle_f1_recall", "oracle_dice")
+"""All pixel metrics; `oracle` ones at the F1-best threshold of the test masks (resampled: its own)."""
+NO_INTERVAL = "no interval: the normal or the abnormal images are one single group"
 IMAGES_AT_ONCE, RESAMPLES_AT_ONCE = 64, 64
 PERCENTILES = (2.5, 97.5)
 
 
 @dataclass(frozen=True, eq=False)
 class PixelSet:
-    """Maps [N,H,W] and masks [N,H,W] of the images that count for pixel metrics; `rows` [N] of the test set."""
+    """Maps and masks [N,H,W] of the images that count for pixel metrics; `rows` [N]: their places."""
 
     maps: Array
     masks: NDArray[np.bool_]
@@ -67,15 +72,11 @@ def evaluate_scores(
 
     `image_scores`, `labels` [N] (1 = abnormal), `groups` [N] (patient or near-duplicate cluster; empty = its
     own), `maps` [N,H,W] or None, `masks` one [H,W] or None per image: an abnormal image without mask is left
-    out of the pixel metrics, a normal one needs none.
+    out of the pixel metrics, a normal one needs none. Keys: see DETECTION and PIXEL. What does not exist is
+    None with a reason; `n_resamples` counts the resamples behind the interval.
 
-    Keys: det_auroc, det_ap; det_sensitivity and det_specificity at `image_threshold`; seg_auroc, seg_ap,
-    seg_aupro; precision, recall, dice at `map_threshold`; oracle_f1_precision, oracle_f1_recall and
-    oracle_dice at the F1-best threshold of the test masks (of each resample in the interval). A value that
-    does not exist is None with a reason; `n_resamples` counts the resamples behind the interval.
-
-    Memory beside the inputs: about 150 kB per resample. Raises InputError on unequal lengths, NaN, or a
-    normal image with lesion pixels, ConfigError on a negative number of resamples.
+    Raises InputError on unequal lengths, NaN, or a normal image with lesion pixels, ConfigError on a
+    negative number of resamples.
     """
     scores, truth = checked(image_scores, labels, ndim=1, name="image scores and labels")
     if len(groups) != len(scores):
@@ -93,7 +94,8 @@ def evaluate_scores(
         pixel_values, pixel_draws = _pixel_results(pixels, weights[:, pixels.rows], threshold=map_threshold)
         values |= pixel_values
         draws |= pixel_draws
-    return {name: _metric(values[name], draws.get(name)) for name in (*DETECTION, *PIXEL)}
+    without = NO_INTERVAL if n_resamples and not len(weights) else None
+    return {name: _metric(values[name], draws.get(name), without=without) for name in (*DETECTION, *PIXEL)}
 
 
 def count_cases(labels: Any, groups: Sequence[str]) -> dict[str, int]:
@@ -132,10 +134,11 @@ def _named(groups: Sequence[str]) -> list[tuple[str, int]]:
     return [(group, -1) if group else ("", index) for index, group in enumerate(groups)]
 
 
-def _metric(value: Measure, draws: NDArray[np.float64] | None) -> dict[str, Any]:
+def _metric(value: Measure, draws: NDArray[np.float64] | None, *, without: str | None) -> dict[str, Any]:
+    """The result of one metric; `without`: why there are no resamples."""
     usable = np.zeros(0) if draws is None else draws[np.isfinite(draws)]
     if value.value is None or len(usable) == 0:
-        return {"value": value.value, "ci95": None, "n_resamples": 0, "reason": value.reason}
+        return {"value": value.value, "ci95": None, "n_resamples": 0, "reason": value.reason or without}
     ends = [float(end) for end in np.percentile(usable, PERCENTILES)]
     return {"value": value.value, "ci95": ends, "n_resamples": len(usable), "reason": None}
 
@@ -285,8 +288,9 @@ def _summary(curves: Array, regions: Array) -> Draws:
     overlap = _ratio(curves[:, 2], regions[:, None])
     dice = _ratio(2 * positive, positive + negative + positive[:, -1:])
     best = np.argmax(dice, axis=1, keepdims=True)
+    defined = (positive[:, -1] > 0) & (negative[:, -1] > 0)
     hits, false, top = (np.take_along_axis(each, best, axis=1)[:, 0] for each in (positive, negative, dice))
-    return {
+    found = {
         "seg_auroc": _auroc(negative, positive),
         "seg_ap": _ap(negative, positive),
         "seg_aupro": _area(_ratio(negative, negative[:, -1:]), overlap, FPR_LIMIT) / FPR_LIMIT,
@@ -294,6 +298,7 @@ def _summary(curves: Array, regions: Array) -> Draws:
         "oracle_f1_recall": _ratio(hits, positive[:, -1]),
         "oracle_dice": top,
     }
+    return {name: np.where(defined, each, np.nan) for name, each in found.items()}
 
 
 # Curves of many resamples at once: cumulative counts [R,T], highest threshold first, last column = all
@@ -320,7 +325,7 @@ def _area(rates: Array, heights: Array, limit: float) -> NDArray[np.float64]:
 
 
 def _ratio(part: Array, whole: Array, *, empty: float = np.nan) -> NDArray[np.float64]:
-    """part / whole, `empty` where whole is 0."""
+    """Quotients; `empty` where whole is 0."""
     shape = np.broadcast_shapes(part.shape, whole.shape)
     return np.divide(part, whole, out=np.full(shape, empty), where=np.broadcast_to(whole, shape) != 0)
 

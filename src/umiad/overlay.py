@@ -26,7 +26,7 @@ from umiad.types import Image, Region
 MIN_HEIGHT, MAX_EDGE = 256, 1024  # of one panel, in pixels; the second wins
 _BAR_WIDTH, _GAP, _BAR_HEIGHT = 16, 8, 128
 _PAPER, _INK, _TRUTH = (255, 255, 255), (32, 32, 32), (0, 230, 64)
-_OPACITY = 0.75
+_OPACITY = 0.62
 
 # Colours in OKLab (lightness, green-red, blue-yellow); lightness rises throughout, so that the order survives
 # in grey and for colour-blind readers. With a threshold the hue jumps from cold to warm at position 1/2.
@@ -65,8 +65,8 @@ class ColourScale:
         return np.where(values < self.threshold, 0.5 * below, 0.5 + 0.5 * np.sqrt(above))
 
     def colours(self, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Colour uint8 [...,3] and opacity float [...] at places 0..1; the opacity starts at 0 and is convex."""
-        table = _table(self.threshold is not None)
+        """Colour uint8 [...,3] and opacity [...] at places 0..1; the opacity starts at 0 and is convex."""
+        table = _table(jump=self.threshold is not None)
         index = np.minimum((position * len(table)).astype(np.intp), len(table) - 1)
         rising = np.minimum(position * 2.0, 1.0) if self.threshold is not None else position
         return table[index], _OPACITY * rising**2
@@ -254,7 +254,7 @@ def _compose(panels: Sequence[np.ndarray], scale: ColourScale) -> np.ndarray:
     top, bottom = 8, total[0] - 8
     place = np.linspace(1.0, 0.0, bottom - top)
     colour, opacity = scale.colours(place)
-    strip = 96.0 + (colour - 96.0) * np.maximum(opacity / _OPACITY, 0.0)[:, None]
+    strip = 96.0 + (colour - 96.0) * (opacity / _OPACITY)[:, None]
     canvas[top:bottom, bar_left : bar_left + _BAR_WIDTH] = np.round(strip)[:, None].astype(np.uint8)
     picture = PIL.Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
@@ -270,7 +270,7 @@ def _number(value: float) -> str:
 
 
 @lru_cache(maxsize=2)
-def _table(jump: bool) -> np.ndarray:  # noqa: FBT001
+def _table(*, jump: bool) -> np.ndarray:
     """256 colours, uint8 [256,3]; with `jump` the hue changes from cold to warm in the middle."""
     if not jump:
         return _ramp(_PLAIN, 256)

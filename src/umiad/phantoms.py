@@ -97,11 +97,11 @@ def _anatomy(head: _Head, rng: np.random.Generator) -> np.ndarray:
     """Scalp, skull, fluid, cortex, white matter, ventricles and midline, in this order from outside in."""
     size = len(head.u)
     image = np.zeros((size, size))
-    folds = 0.030 * _texture(rng, size, (size / 40.0,))
+    folds = 0.018 * _texture(rng, size, (size / 40.0,))
     for edge, value in ((1.07, 0.30), (1.0, 0.88), (0.925, 0.10), (_BRAIN_EDGE, 0.46)):
         image += (value - image) * _inside(head.radius - edge, head.soft)
     white = 0.76 + rng.uniform(-0.02, 0.02)
-    image += (0.62 - image) * _inside(head.radius + 2.0 * folds - white, 2.0 * head.soft)
+    image += (0.61 - image) * _inside(head.radius + 2.0 * folds - white, 2.0 * head.soft)
     opening, length = rng.uniform(0.075, 0.105), rng.uniform(0.26, 0.32)
     lean = rng.uniform(0.28, 0.38)
     for side in (-1.0, 1.0):

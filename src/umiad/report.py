@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ body{margin:0 auto;padding:1rem;max-width:72rem;font:1rem/1.5 system-ui,sans-ser
 background:var(--page);overflow-wrap:anywhere}
 .lead{font-size:1.1rem}.soft,figcaption,caption,footer{color:var(--soft)}
 .scroll{overflow-x:auto}table{border-collapse:collapse;min-width:50%}caption{text-align:left;padding:.3rem 0}
-th,td{text-align:left;vertical-align:top;padding:.3rem .7rem;border-bottom:1px solid var(--line);min-width:5rem;
-overflow-wrap:break-word}td:first-child,th+td{overflow-wrap:anywhere;min-width:10rem}
+th,td{text-align:left;vertical-align:top;padding:.3rem .7rem;border-bottom:1px solid var(--line);
+min-width:5rem;overflow-wrap:break-word}td:first-child,th+td{overflow-wrap:anywhere;min-width:10rem}
 thead th,tbody tr:nth-child(even){background:var(--band)}
 .number{text-align:right;font-variant-numeric:tabular-nums}td.number{white-space:nowrap}
 .warnings{background:var(--warn);border-left:.3rem solid #b45309;padding:.1rem 1rem}
@@ -111,7 +111,7 @@ class Gallery:
     title: str
     pictures: Sequence[Picture]
     caption: str = ""
-    wide: bool = False
+    wide: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,8 @@ def _html(block: Block) -> str:
             inner = _html_table(block)
         case Gallery(pictures=pictures, caption=caption, wide=wide):
             figures = "\n".join(_figure(picture) for picture in pictures)
-            inner = f'<p class="soft">{_text(caption)}</p>\n<div class="grid{" charts" * wide}">\n{figures}\n</div>'
+            look = "grid charts" if wide else "grid"
+            inner = f'<p class="soft">{_text(caption)}</p>\n<div class="{look}">\n{figures}\n</div>'
         case Text(paragraphs=paragraphs) | Warnings(paragraphs=paragraphs):
             inner = "\n".join(f"<p>{_text(paragraph)}</p>" for paragraph in paragraphs)
     kind = type(block).__name__.lower()

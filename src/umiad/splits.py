@@ -21,12 +21,12 @@ from umiad.strictjson import dump_bytes, load_object
 from umiad.types import ABNORMAL, NORMAL, Case
 
 FORMAT = "umiad-split-1"
-PARTS = ("train", "holdout", "test", "unused")
 MAX_HOLDOUT = 0.9
 HOLDOUT_MIN, HOLDOUT_MIN_FROM = 19, 60  # 19 held-out normals are the fewest that allow p = 0.05
 MAX_BYTES = 256 << 20
 
 Part: TypeAlias = Literal["train", "holdout", "test", "unused"]
+PARTS: tuple[Part, ...] = ("train", "holdout", "test", "unused")
 _STRICT = ConfigDict(strict=True, extra="forbid")
 
 
@@ -151,8 +151,8 @@ def make_split(
 
     Raises:
         ConfigError: `holdout` outside 0..0.9, negative seed.
-        InputError: unreadable images, no normals, abnormal images in an official training part, or a
-            group for an unknown name.
+        InputError: unreadable images, no normals to train on, abnormal images in an official training part,
+            a group for an unknown name.
     """
     if not 0 <= holdout <= MAX_HOLDOUT:
         raise ConfigError(f"holdout {holdout} is out of range, expected 0 to {MAX_HOLDOUT}")
@@ -161,9 +161,7 @@ def make_split(
     draft = _draft(data, fingerprints, groups or {})
     labels = [case.label for case in draft.cases]
     if NORMAL not in labels:
-        raise InputError(
-            data.root, f"none of {len(labels)} images is normal", "only normal images are fitted"
-        )
+        raise InputError(data.root, f"none of {len(labels)} images is normal", "only normals are fitted")
     parts: list[Part]
     if any(case.split for case in draft.cases):
         parts, rule = _official(data, draft)

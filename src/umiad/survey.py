@@ -167,7 +167,7 @@ def _try_split(
         split = make_split(readable, [each for *_, each in rows], seed=seed, holdout=holdout, groups=given)
     except InputError as error:
         return None, [Problem("error", f"no split can be made: {error.reason}")]
-    counts = {part: dict.fromkeys(LABELS.values(), 0) for part in PARTS}
+    counts: dict[str, dict[str, int]] = {part: dict.fromkeys(LABELS.values(), 0) for part in PARTS}
     for entry in split.entries:
         counts[entry.part][LABELS[entry.label]] += 1
     together = len({entry.group for entry in split.entries if entry.group})
@@ -274,8 +274,8 @@ def _file_problems(data: DataSet, unreadable: dict[str, str], stray: tuple[str, 
 def _duplicate_problems(rows: list[Row], duplicates: Duplicates) -> Iterator[Problem]:
     """Equal images with different labels or in both official parts are errors, near ones are warnings."""
     cases = {name: case for name, case, _ in rows}
-    equal = tuple(dict.fromkeys([*duplicates.content, *duplicates.pixels]))
-    near = tuple(group for group in duplicates.near if group not in equal)
+    equal = duplicates.pixels  # equal bytes are equal pixels too
+    near = tuple(group for group in duplicates.near if group not in set(equal))
     own = equal_groups([case.group or (name,) for name, case, _ in rows])
     patients = tuple(tuple(rows[index][0] for index in group) for group in own)
     checks: tuple[tuple[Level, str, tuple[tuple[str, ...], ...]], ...] = (
@@ -302,9 +302,8 @@ def _mixed(groups: Iterable[tuple[str, ...]], facts: Mapping[str, object]) -> li
 
 def _group_problem(level: Level, text: str, groups: list[tuple[str, ...]]) -> Iterator[Problem]:
     if groups:
-        yield Problem(
-            level, f"groups of {text} ({len(groups)})", tuple(" = ".join(group) for group in groups)
-        )
+        listing = tuple(" = ".join(group) for group in groups)
+        yield Problem(level, f"groups of {text} ({len(groups)})", listing)
 
 
 def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
@@ -329,11 +328,9 @@ def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
 def _leak_problems(rows: list[Row], leaks: Leaks) -> Iterator[Problem]:
     """What gives the label away without looking at the anatomy."""
     for value, what in ((leaks.area_auroc, "image area"), (leaks.aspect_auroc, "width / height")):
-        if value is not None and max(value, 1 - value) > LEAK_AUROC:
+        if value is not None and (best := max(value, 1 - value)) > LEAK_AUROC:
             side = "larger" if value > 0.5 else "smaller"
-            text = (
-                f"{what} alone separates the labels: AUROC {max(value, 1 - value):.2f} ({side} if abnormal)"
-            )
+            text = f"{what} alone separates the labels: AUROC {best:.2f} ({side} if abnormal)"
             yield Problem("warning", text)
     form = [(name, case.label, each.mode) for name, case, each in rows]
     yield from _one_sided(form, "warning", "stored as {0}")
@@ -358,18 +355,17 @@ def _one_sided(facts: list[tuple[str, int | None, str]], level: Level, words: st
 
 def render(found: Survey, console: Console) -> None:
     """Write the survey for a person: classes, split, duplicates and leaks, then the problems."""
-    from rich.markup import escape
+    from rich.text import Text
 
     twins, leaks = found.duplicates, found.leaks
     area, aspect = ("-" if v is None else f"{v:.2f}" for v in (leaks.area_auroc, leaks.aspect_auroc))
-    console.print(
-        f"[bold]{escape(found.name)}[/] (layout {found.layout}; sizes are minimum..median..maximum)"
-    )
+    title = f"{found.name} (layout {found.layout}; sizes are minimum..median..maximum)"
+    console.print(Text(_visible(title), style="bold"))
     _print_table(console, CLASS_COLUMNS, [_class_cells(each) for each in found.classes])
     if found.split is not None:
         rows = [[part, *map(str, counts.values())] for part, counts in found.split.counts.items()]
         _print_table(console, ("part", *LABELS.values()), rows)
-        console.print(escape(f"split: {found.split.rule}; {found.split.groups} groups kept together"))
+        console.print(Text(f"split: {found.split.rule}; {found.split.groups} groups kept together"))
     console.print(
         f"duplicate groups: {len(twins.content)} equal bytes, {len(twins.pixels)} equal pixels, "
         f"{len(twins.near)} nearly equal; {len(twins.across)} across classes"
@@ -377,19 +373,22 @@ def render(found: Survey, console: Console) -> None:
     console.print(f"AUROC of the file's form alone: area {area}, width / height {aspect}")
     for problem in found.problems or (Problem("note", "no problems found"),):
         shown = ", ".join(problem.files[:3]) + (", ..." if len(problem.files) > 3 else "")
-        text = escape(f"{problem.text}: {shown}" if shown else problem.text)
-        console.print(f"[{STYLES[problem.level]}]{problem.level}[/] {text}")
+        text = f" {problem.text}: {shown}" if shown else f" {problem.text}"
+        console.print(Text.assemble((problem.level, STYLES[problem.level]), _visible(text)))
+
+
+def _visible(text: str) -> str:
+    """Control characters as escapes: a file name must not steer the terminal."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def _print_table(console: Console, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    from rich.box import SIMPLE
-    from rich.markup import escape
-    from rich.table import Table
+    from rich import box, table, text
 
-    table = Table(*columns, box=SIMPLE)
+    shown = table.Table(*columns, box=box.SIMPLE)
     for row in rows:
-        table.add_row(*map(escape, row))
-    console.print(table)
+        shown.add_row(*(text.Text(_visible(cell)) for cell in row))
+    console.print(shown)
 
 
 def _class_cells(each: ClassSummary) -> list[str]:

@@ -84,10 +84,11 @@ def command(function: Callable[P, int | None]) -> Callable[P, None]:
 
 
 def console(*, err: bool = False) -> Console:
-    """A rich console; no colours where the output is no terminal."""
+    """A rich console; where the output is no terminal: no colours, and wide enough for tables."""
     from rich.console import Console
 
-    return Console(stderr=err, soft_wrap=True)
+    stream = sys.stderr if err else sys.stdout
+    return Console(stderr=err, soft_wrap=True, width=None if stream.isatty() else 120)
 
 
 def print_json(value: object) -> None:
