@@ -62,6 +62,10 @@ def commit() -> str:
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
 
 
+CODE = commit()
+"""Taken at start: that is the code that runs, whatever is edited meanwhile."""
+
+
 def run_key(run: dict[str, Any], *, data: str, weights: str, config: dict[str, Any]) -> str:
     """Name of a result: hash of all that decides it."""
     facts = {**{k: run[k] for k in ("detector", "dataset", "variant", "seed", "holdout")}, "data": data}
@@ -124,7 +128,7 @@ def record(run: dict[str, Any], model: FittedModel, result: Evaluation, *, data:
         "n_holdout": model.info["n_holdout"],
         "split_digest": model.split.digest,
         "data_manifest": data,
-        "commit": commit(),
+        "commit": CODE,
         "versions": {"umiad": umiad.__version__, "torch": torch.__version__},
         "threads": torch.get_num_threads(),
         "date": datetime.date.today().isoformat(),
