@@ -95,7 +95,7 @@ def test_scores_do_not_depend_on_how_many_are_scored_together(model):
 def test_fitting_never_looks_at_abnormal_images(data, tmp_path):
     from make import tiny_set as make_set
 
-    other = make_set(tmp_path, n_normal=30, n_abnormal=6, size=80)
+    other = make_set(tmp_path / "set", n_normal=30, n_abnormal=6, size=80)
     for path in (other / "abnormal").iterdir():
         path.write_bytes(next((data / "abnormal").iterdir()).read_bytes())
     first = umiad.fit(umiad.build("padim", preset="quick", weights="random", size=SIZE), data)
@@ -126,7 +126,7 @@ def test_the_split_of_a_model_reproduces_the_fit(data, tmp_path):
 
 
 def test_a_split_of_other_data_is_refused(data, model, tmp_path):
-    other = tiny_set(tmp_path, n_normal=12, n_abnormal=2, size=80, seed=9)
+    other = tiny_set(tmp_path / "set", n_normal=12, n_abnormal=2, size=80, seed=9)
     detector = umiad.build("padim", preset="quick", weights="random", size=SIZE)
     with pytest.raises(InputError, match="images of the given split are not there"):
         umiad.fit(detector, other, groups=model.split)
@@ -140,7 +140,7 @@ def test_arrays_can_be_fitted_on():
 
 
 def test_an_unreadable_file_refuses_before_fitting_or_is_left_out(tmp_path):
-    data = tiny_set(tmp_path, n_normal=20, n_abnormal=2, size=64)
+    data = tiny_set(tmp_path / "set", n_normal=20, n_abnormal=2, size=64)
     (data / "normal" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(InputError, match=r"1 unreadable files: .*broken.png.*--on-error skip"):
         fit(data, tmp_path)
@@ -149,7 +149,7 @@ def test_an_unreadable_file_refuses_before_fitting_or_is_left_out(tmp_path):
 
 
 def test_calibrating_on_other_normals_moves_the_threshold_only(model, data, tmp_path):
-    site = tiny_set(tmp_path, n_normal=20, n_abnormal=0, size=80, seed=5)
+    site = tiny_set(tmp_path / "set", n_normal=20, n_abnormal=0, size=80, seed=5)
     fresh = umiad.calibrate(model, site / "normal", fpr=0.1)
     assert fresh.info["threshold_rule"] != model.info["threshold_rule"]
     assert fresh.score(image())[0].image_score == model.score(image())[0].image_score
@@ -176,7 +176,7 @@ def test_evaluation_uses_the_stored_split_by_content(model, data, tmp_path):
     assert second.metrics == first.metrics
     assert {c.label for c in first.cases} == {0, 1}
     assert first.counts["n_masked"] == 6
-    foreign = tiny_set(tmp_path, n_normal=5, n_abnormal=2, size=64, seed=8)
+    foreign = tiny_set(tmp_path / "set", n_normal=5, n_abnormal=2, size=64, seed=8)
     assert umiad.evaluate(model, foreign, n_resamples=10).counts["n_normal"] == 5
 
 

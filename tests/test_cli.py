@@ -111,7 +111,7 @@ def test_evaluate_writes_metrics_with_intervals_and_a_report(model, data, tmp_pa
 
 
 def test_calibrate_inspect_and_their_json(model, data, tmp_path):
-    site = tiny_set(tmp_path, n_normal=20, n_abnormal=0, size=80, seed=5)
+    site = tiny_set(tmp_path / "set", n_normal=20, n_abnormal=0, size=80, seed=5)
     before = json.loads(run("inspect", model, "--json").stdout)["info"]
     result = run("calibrate", model, site / "normal", "--fpr", 0.1, "--out", tmp_path / "site")
     assert "threshold now" in result.stdout

@@ -189,6 +189,16 @@ def test_a_key_colour_of_16_bit_grey_and_colour(tmp_path: Path) -> None:
     assert np.count_nonzero(image.pixels) == 3
 
 
+def test_a_key_colour_of_4_bit_grey_is_compared_in_4_bits(tmp_path: Path) -> None:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 1, 4, 0, 0, 0, 0)) + chunk(
+        b"tRNS", struct.pack(">H", 5)
+    )
+    body = header + chunk(b"IDAT", zlib.compress(b"\0\x05\x5f")) + chunk(b"IEND", b"")
+    image = read_image(stored(tmp_path / "a.png", b"\x89PNG\r\n\x1a\n" + body))
+    np.testing.assert_array_equal(image.pixels[0], [[0, 0, 0, 1]])  # stored 0, 5, 5, 15
+    assert image.bits == 4
+
+
 def test_opaque_alpha_changes_nothing_and_is_not_remarked(tmp_path: Path) -> None:
     image = read_image(
         stored(tmp_path / "a.png", encoded(PIL.Image.new("RGBA", (4, 4), (9, 9, 9, 255)), "PNG"))

@@ -120,8 +120,9 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
     """Convolve maps [B,H,W] with a Gaussian of `sigma` pixels, mirrored at the borders; 0 changes nothing.
 
     The kernel ends at 4 sigma, or at H - 1 (W - 1) where the map is smaller, and sums to 1. Sums run in
-    float64, so that rounding to the maps' type hides the order in which a batch is added up. Raises InputError
-    on another shape, ConfigError when `sigma` is negative or not finite.
+    float64, so that rounding to the maps' type hides the order in which a batch is added up.
+
+    Raises InputError on another shape, ConfigError when `sigma` is negative or not finite.
     """
     _check_maps(maps)
     if not (math.isfinite(sigma) and sigma >= 0):

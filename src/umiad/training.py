@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -267,11 +269,13 @@ def _tensorboard(folder: Path | None) -> Any:
 
 @contextmanager
 def _quiet(name: str) -> Iterator[None]:
-    """Silence a library's information lines (devices found, tips) while we report progress ourselves."""
+    """Silence a library's information lines and its warnings about itself while we report progress."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=re.escape(name.split(".")[0]))
+            yield
     finally:
         logger.setLevel(level)

@@ -40,7 +40,7 @@ def clean_images(count: int, *, size: int, seed: int = 0) -> Tensor:
     return (0.3 * grey + 0.05 * torch.randn(count, 1, size, size, generator=rng)).expand(-1, 3, -1, -1).contiguous()
 
 
-def with_blob(images: Tensor, *, value: float = 4.0) -> Tensor:
+def with_blob(images: Tensor, *, value: float = 1.0) -> Tensor:
     """The images with a bright checkered square in the middle: what anyone would call abnormal."""
     marked, edge = images.clone(), images.shape[-1]
     low, high = edge // 2 - edge // 8, edge // 2 + edge // 8
@@ -196,7 +196,7 @@ def _check_blob(make: Make, size: int) -> None:
     detector = make(0)
     if not detector.info.uses_pixels:
         return
-    fit_quickly(detector, clean_images(16, size=size), steps=30)
+    fit_quickly(detector, clean_images(16, size=size), steps=100)
     normal = clean_images(4, size=size, seed=7)
     clean, marked = detector.score(normal), detector.score(with_blob(normal))
     _expect(marked.image_score.min() > clean.image_score.max(), "a planted blob does not rank above clean images")

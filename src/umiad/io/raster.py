@@ -249,6 +249,4 @@ def _keyed(picture: PIL.Image.Image, bits: int, planes: np.ndarray) -> np.ndarra
         wanted = wanted >> 8
     elif picture.mode == "L" and bits in (2, 4):
         wanted = wanted * 255 // (2**bits - 1)
-    if wanted.size not in (1, planes.shape[2]):
-        return None
     return (planes != wanted).any(axis=2).astype(np.float32)
