@@ -1,6 +1,6 @@
-"""Run detectors on the public sets as the paper splits them; one JSON file per run, so a grid resumes anywhere.
+"""Run detectors on the public sets as the paper splits them; one JSON file per run, so a grid resumes.
 
-    python benchmarks/paper_protocol.py --data ../shared/data --weights FILE benchmarks/foundation.toml
+python benchmarks/paper_protocol.py --data ../shared/data --weights FILE benchmarks/foundation.toml
 """
 
 from __future__ import annotations
@@ -35,7 +35,14 @@ RESULTS = Path(__file__).parent / "results"
 def runs(path: Path) -> Iterator[dict[str, Any]]:
     """One dictionary per run of a TOML list; `datasets` and `seeds` are multiplied out."""
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["run"]:
-        common = {"preset": "default", "variant": "main", "size": 256, "holdout": 0.0, "settings": {}, "rescore": {}}
+        common = {
+            "preset": "default",
+            "variant": "main",
+            "size": 256,
+            "holdout": 0.0,
+            "settings": {},
+            "rescore": {},
+        }
         for dataset in entry["datasets"]:
             for seed in entry["seeds"]:
                 rest = {k: v for k, v in entry.items() if k not in ("datasets", "seeds")}
@@ -56,7 +63,9 @@ def commit() -> str:
     here = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
     changed = git("status", "--porcelain", "--", "src", "benchmarks/*.py")
     return (git("rev-parse", "--short=12", "HEAD") or "unknown") + ("+changes" if changed else "")
@@ -69,7 +78,9 @@ CODE = commit()
 def run_key(run: dict[str, Any], *, data: str, weights: str, config: dict[str, Any]) -> str:
     """Name of a result: hash of all that decides it."""
     facts = {**{k: run[k] for k in ("detector", "dataset", "variant", "seed", "holdout")}, "data": data}
-    return hashlib.sha256(canonical_json({**facts, "weights": weights, "config": config}).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        canonical_json({**facts, "weights": weights, "config": config}).encode()
+    ).hexdigest()[:16]
 
 
 def planned(run: dict[str, Any], folder: Path, weights: str) -> dict[str, tuple[Detector, Path]]:
@@ -142,17 +153,23 @@ def write(target: Path, value: dict[str, Any]) -> None:
     """Write a result at once or not at all."""
     RESULTS.mkdir(exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.write_text(
+        json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8"
+    )
     os.replace(temporary, target)
 
 
 def main() -> None:
     """Run every entry of the lists that has no result yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("lists", nargs="+", type=Path, help="TOML lists of runs")
     parser.add_argument("--data", type=Path, required=True, help="folder with busi, brain_mri, head_ct")
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
-    parser.add_argument("--only", default="", help="only runs whose 'dataset detector preset variant' contains this")
+    parser.add_argument(
+        "--only", default="", help="only runs whose 'dataset detector preset variant' contains this"
+    )
     parser.add_argument("--scratch", type=Path, help="where models are kept while they are fitted")
     options = parser.parse_args()
     for each in options.lists:

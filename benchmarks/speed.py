@@ -27,7 +27,13 @@ from umiad.detectors.contract import Detector
 from umiad.phantoms import write_phantoms
 
 TARGET = Path(__file__).parent / "results" / "speed_detectors.json"
-GOALS = {"score_batch1": 3.5, "score_batch8": 3.5, "epoch_cached": 2.5, "fit_peak_gb": 3.0, "score_peak_gb": 1.0}
+GOALS = {
+    "score_batch1": 3.5,
+    "score_batch8": 3.5,
+    "epoch_cached": 2.5,
+    "fit_peak_gb": 3.0,
+    "score_peak_gb": 1.0,
+}
 IMAGES = 96
 
 
@@ -86,7 +92,18 @@ def epoch_ratios(detector: Detector) -> dict[str, float]:
 
 def peak_gb(job: str, name: str, weights: str, folder: Path) -> float:
     """Peak memory of a fresh process that fits or scores, above its imports, in GB."""
-    words = [sys.executable, __file__, "--job", job, "--detector", name, "--weights", weights, "--folder", str(folder)]
+    words = [
+        sys.executable,
+        __file__,
+        "--job",
+        job,
+        "--detector",
+        name,
+        "--weights",
+        weights,
+        "--folder",
+        str(folder),
+    ]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -128,7 +145,9 @@ def measure(name: str, weights: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every named detector and write benchmarks/results/speed_detectors.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--weights", default="random")
     parser.add_argument("--detectors", default="egmf,padim")
     parser.add_argument("--job", choices=["fit", "score"], help=argparse.SUPPRESS)

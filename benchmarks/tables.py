@@ -39,7 +39,9 @@ def load_results() -> list[dict[str, Any]]:
 def paper_row(dataset: str, method: str = "UMIAD-EGMF") -> dict[str, str]:
     """The printed row of the paper's Table 3."""
     with (ROOT / "benchmarks" / "paper" / "table3.csv").open(newline="", encoding="utf-8") as file:
-        return next(row for row in csv.DictReader(file) if (row["dataset"], row["method"]) == (dataset, method))
+        return next(
+            row for row in csv.DictReader(file) if (row["dataset"], row["method"]) == (dataset, method)
+        )
 
 
 def cell(metric: dict[str, Any]) -> str:
@@ -58,28 +60,36 @@ def results_table(results: list[dict[str, Any]]) -> str:
     ]
     for dataset in DATASETS:
         printed = paper_row(dataset)
-        values = [printed.get(name) or "-" for name in COLUMNS]
-        mark = " (suspect: see docs/decisions)" if printed["suspect"] == "yes" else ""
-        lines.append(f"| {dataset} | paper's UMIAD-EGMF, as printed{mark} | " + " | ".join(values) + " | 100 | |")
+        mark = " (suspect)" if printed["suspect"] == "yes" else ""
+        values = " | ".join(printed.get(name) or "-" for name in COLUMNS)
+        lines.append(f"| {dataset} | the paper's UMIAD-EGMF, as printed{mark} | {values} | 100 | |")
         for detector, preset, variant, title in ROWS:
-            for run in results:
-                if [run[k] for k in ("dataset", "detector", "preset", "variant")] != [dataset, detector, preset, variant]:
-                    continue
-                counts = f"{run['counts']['n_normal']} / {run['counts']['n_abnormal']}"
-                cells = " | ".join(cell(run["metrics"][name]) for name in COLUMNS)
-                epochs = run["epochs"] or "closed form"
-                lines.append(f"| {dataset} ({counts}) | {title} | {cells} | {epochs} | {run['commit']} |")
-    used = [run for run in results if run["variant"] in {row[2] for row in ROWS}]
-    labels = sorted({run["weights"] for run in used})
-    seeds = sorted({run["seed"] for run in used})
-    lines += [
-        "",
-        f"Percent, 95 % bootstrap intervals in brackets. Weights label: {', '.join(labels)}; seed "
-        f"{', '.join(map(str, seeds))}; 256 px; hold-out 0; the paper's training sizes; no test image used for any "
-        "choice. A dash: the set has no lesion masks. With 10 test normals (brain_mri, head_ct) one image moves "
-        "det_auroc by up to 10 points. Made by `make tables`.",
-    ]
-    return "\n".join(lines)
+            wanted = (dataset, detector, preset, variant)
+            chosen = [
+                r for r in results if (r["dataset"], r["detector"], r["preset"], r["variant"]) == wanted
+            ]
+            lines += [run_row(run, title) for run in chosen]
+    return "\n".join([*lines, "", footnote(results)])
+
+
+def run_row(run: dict[str, Any], title: str) -> str:
+    """One line of the table."""
+    counts = f"{run['counts']['n_normal']} / {run['counts']['n_abnormal']}"
+    cells = " | ".join(cell(run["metrics"][name]) for name in COLUMNS)
+    epochs = run["epochs"] or "closed form"
+    return f"| {run['dataset']} ({counts}) | {title} | {cells} | {epochs} | {run['commit']} |"
+
+
+def footnote(results: list[dict[str, Any]]) -> str:
+    """Provenance of all rows in words."""
+    labels = ", ".join(sorted({run["weights"] for run in results}))
+    seeds = ", ".join(sorted({str(run["seed"]) for run in results}))
+    return (
+        f"Percent, 95 % bootstrap intervals in brackets. Weights label: {labels}; seed {seeds}; 256 px; hold-out 0; "
+        "the paper's training sizes; no test image used for any choice. A dash: the set has no lesion masks, or the "
+        "paper prints none. With 10 test normals (brain_mri, head_ct) one image moves det_auroc by up to 10 points. "
+        "Suspect: [decision 1](docs/decisions/0001-what-the-paper-leaves-open.md). Made by `make tables`."
+    )
 
 
 def parameters_page() -> str:
@@ -87,9 +97,10 @@ def parameters_page() -> str:
     lines = [
         "# Parameter counts",
         "",
-        "Made by `make tables` from the networks themselves (preset `paper`, 256 px). The encoder is frozen and has",
-        "no fully connected layer. Statistics and permutations are buffers and do not count. The paper prints 14 M",
-        "for UMIAD-EGMF without a counting rule; the trainable parts here come to the same.",
+        "Made by `make tables` from the networks themselves (preset `paper`, 256 px). The encoder is frozen and",
+        "has no fully connected layer. Gaussian statistics are buffers and do not count; the flows' permutation",
+        "indices are parameters to their library, hence total above trainable. The paper prints 14 M for",
+        "UMIAD-EGMF without a counting rule; the trainable parts here come to the same.",
         "",
         "| detector | part | total | trainable | paper |",
         "| --- | --- | ---: | ---: | --- |",
@@ -97,9 +108,8 @@ def parameters_page() -> str:
     for row in parameter_table():
         for part, counts in row["parts"].items():
             lines.append(f"| {row['name']} | {part} | {counts['total']:,} | {counts['trainable']:,} | |")
-        lines.append(
-            f"| {row['name']} | **all** | {row['total']:,} | {row['trainable']:,} | {PAPER_PARTS.get(row['name'], '')} |"
-        )
+        paper = PAPER_PARTS.get(row["name"], "")
+        lines.append(f"| {row['name']} | **all** | {row['total']:,} | {row['trainable']:,} | {paper} |")
     return "\n".join(lines) + "\n"
 
 
@@ -116,7 +126,8 @@ def main() -> None:
     results = load_results()
     readme = ROOT / "README.md"
     readme.write_text(
-        replace_between(readme.read_text(encoding="utf-8"), "results", results_table(results)), encoding="utf-8"
+        replace_between(readme.read_text(encoding="utf-8"), "results", results_table(results)),
+        encoding="utf-8",
     )
     (ROOT / "docs" / "parameters.md").write_text(parameters_page(), encoding="utf-8")
     for run in results:

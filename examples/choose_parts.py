@@ -13,4 +13,6 @@ for name, parts in variants.items():
     settings = {**parts, "blocks": 2, "training": {"epochs": 2}}
     detector = umiad.build("egmf", preset="quick", weights="random", size=64, settings=settings)
     model = umiad.fit(detector, data)
-    print(f"{name:10} -log p of held-out normals: {model.info['holdout_nats_per_dim']:.3f} nats per dimension")
+    print(
+        f"{name:10} -log p of held-out normals: {model.info['holdout_nats_per_dim']:.3f} nats per dimension"
+    )

@@ -34,13 +34,17 @@ def image(seed=0, shape=(70, 90)):
 
 
 def test_five_lines(data, tmp_path):
-    detector = umiad.build("egmf", preset="quick", weights="random", size=SIZE, settings={"training": {"epochs": 1}})
+    detector = umiad.build(
+        "egmf", preset="quick", weights="random", size=SIZE, settings={"training": {"epochs": 1}}
+    )
     model = umiad.fit(detector, data)
     findings = umiad.score(model, sorted((data / "abnormal").iterdir())[:2])
     result = umiad.evaluate(model, data, n_resamples=20)
     umiad.save(model, tmp_path / "model")
     again = umiad.load(tmp_path / "model")
-    assert [f.image_score for f in again.score([f.name for f in findings])] == [f.image_score for f in findings]
+    assert [f.image_score for f in again.score([f.name for f in findings])] == [
+        f.image_score for f in findings
+    ]
     assert 0 <= result.metrics["det_auroc"]["value"] <= 1
 
 
@@ -79,7 +83,9 @@ def test_every_form_of_the_same_image_gets_the_same_score(model, tmp_path):
     assert [f.anomaly_map.shape for f in mixed] == [(64, 72), (70, 90), (64, 72)]
 
 
-@pytest.mark.parametrize("bad", [3, {"a": 1}, [3], torch.zeros(64, 64), "nowhere.png", np.zeros((64, 64), np.int32)])
+@pytest.mark.parametrize(
+    "bad", [3, {"a": 1}, [3], torch.zeros(64, 64), "nowhere.png", np.zeros((64, 64), np.int32)]
+)
 def test_anything_else_is_an_input_error(model, bad):
     with pytest.raises(InputError):
         model.score(bad)

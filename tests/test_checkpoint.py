@@ -9,10 +9,16 @@ from umiad.checkpoint import REST, TENSORS, SafeCheckpointIO
 from umiad.errors import DiskError, ModelFileError
 
 plain = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.lists(inner, max_size=3).map(tuple)
-    | st.dictionaries(st.text(max_size=5) | st.integers(0, 9), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=5) | st.integers(0, 9), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 
@@ -65,7 +71,9 @@ def test_a_save_interrupted_between_the_renames_leaves_a_loadable_copy(tmp_path)
     assert io.load_checkpoint(tmp_path / "last") == {"epoch": 1}
 
 
-@pytest.mark.parametrize("text", ['{"set": []}', '{"dict": 3}', '{"tensor": "t9"}', '{"a": 1, "b": 2}', "[]", "{"])
+@pytest.mark.parametrize(
+    "text", ['{"set": []}', '{"dict": 3}', '{"tensor": "t9"}', '{"a": 1, "b": 2}', "[]", "{"]
+)
 def test_damaged_files_are_model_file_errors(tmp_path, text):
     io = SafeCheckpointIO()
     io.save_checkpoint({"epoch": 1}, tmp_path / "last")

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import urllib.error
 
 import numpy as np
 import pytest
@@ -55,7 +57,14 @@ def test_check_data_reports_and_fails_on_errors(data, tmp_path):
 
 def test_score_writes_lines_maps_pictures_and_a_report(model, data, tmp_path):
     out = tmp_path / "out"
-    result = run("score", model, data / "abnormal", data / "normal" / sorted(os.listdir(data / "normal"))[0], "--out", out)
+    result = run(
+        "score",
+        model,
+        data / "abnormal",
+        data / "normal" / sorted(os.listdir(data / "normal"))[0],
+        "--out",
+        out,
+    )
     assert "7 images scored, 0 skipped" in result.stdout
     lines = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 7
@@ -94,7 +103,9 @@ def test_score_skips_names_and_counts_what_it_cannot_read(model, data, tmp_path)
     assert "broken.png" in result.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [os.path.basename(each["file"]) for each in summary["skipped"]] == ["broken.png"]
-    pictures = {json.loads(line)["picture"] for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()}
+    pictures = {
+        json.loads(line)["picture"] for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()
+    }
     assert len(pictures) == 2
 
 
@@ -132,7 +143,20 @@ def test_weights_and_doctor(tmp_path, monkeypatch):
     assert "no weights" in run("weights", "list").stdout
     assert json.loads(run("weights", "list", "--json").stdout) == []
     run("weights", "add", tmp_path / "nowhere.safetensors", code=3)
-    assert "weights add" in run("fit", tmp_path, "--out", tmp_path / "m", code=3).stderr
+
+
+def test_without_network_and_weights_the_error_tells_the_ways_out(data, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise urllib.error.URLError("no route to host")
+
+    monkeypatch.setenv("UMIAD_CACHE", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    said = run("fit", data, "--out", tmp_path / "m", code=3).stderr
+    for way in ("umiad weights add", "--weights PATH", "--weights random"):
+        assert way in said
+
+
+def test_doctor_answers_in_json():
     result = CliRunner().invoke(app, ["doctor", "--json"])
     assert "torch" in json.dumps(json.loads(result.stdout))
 
@@ -141,12 +165,28 @@ def test_weights_and_doctor(tmp_path, monkeypatch):
     ("words", "code", "said"),
     [
         (["fit", "DATA", "--out", "OUT", "--size", "250"], 2, "nearest is 256"),
-        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--detector", "egmff"], 2, "did you mean 'egmf'"),
-        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--preset", "papr"], 2, "did you mean 'paper'"),
+        (
+            ["fit", "DATA", "--out", "OUT", "--weights", "random", "--detector", "egmff"],
+            2,
+            "did you mean 'egmf'",
+        ),
+        (
+            ["fit", "DATA", "--out", "OUT", "--weights", "random", "--preset", "papr"],
+            2,
+            "did you mean 'paper'",
+        ),
         (["fit", "DATA", "--out", "OUT", "--weights", "random", "--set", "fusion"], 2, "expected name=value"),
-        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--set", "fusio=mff"], 2, "did you mean 'fusion'"),
+        (
+            ["fit", "DATA", "--out", "OUT", "--weights", "random", "--set", "fusio=mff"],
+            2,
+            "did you mean 'fusion'",
+        ),
         (["fit", "NOWHERE", "--out", "OUT", "--weights", "random"], 3, "NOWHERE"),
-        (["fit", "DATA", "--out", "OUT", "--weights", "random", "--resume", *FIT[:2]], 2, "nothing to resume"),
+        (
+            ["fit", "DATA", "--out", "OUT", "--weights", "random", "--resume", *FIT[:2]],
+            2,
+            "nothing to resume",
+        ),
         (["score", "NOWHERE", "DATA", "--out", "OUT"], 3, "NOWHERE"),
         (["score", "DATA", "DATA", "--out", "OUT"], 5, "manifest"),
         (["fit", "DATA"], 2, "--out"),
@@ -186,17 +226,33 @@ def test_an_output_folder_that_cannot_be_written_is_code_4(model, data, tmp_path
 
 def test_ctrl_c_stops_with_130_and_resume_goes_on(data, tmp_path):
     """A real process, a real signal: the state is left, and the resumed model equals an uninterrupted one."""
-    words = [sys.executable, "-m", "umiad", "fit", data, "--detector", "egmf", "--preset", "quick", "--size", "64"]
+    words = [
+        sys.executable,
+        "-m",
+        "umiad",
+        "fit",
+        data,
+        "--detector",
+        "egmf",
+        "--preset",
+        "quick",
+        "--size",
+        "64",
+    ]
     words += ["--weights", "random", "--epochs", "3", "--set", "blocks=1", "--threads", "1", "--out"]
-    whole = subprocess.run([*map(str, words), str(tmp_path / "whole")], capture_output=True, text=True, check=True)
+    whole = subprocess.run(
+        [*map(str, words), str(tmp_path / "whole")], capture_output=True, text=True, check=True
+    )
     assert "epoch 3/3" in whole.stderr
-    child = subprocess.Popen([*map(str, words), str(tmp_path / "m")], stderr=subprocess.PIPE, text=True)
-    for line in child.stderr:
-        if "epoch 1/3" in line:
-            child.send_signal(2)
-            break
-    rest = child.stderr.read()
-    assert child.wait() == 130, rest
+    with subprocess.Popen(
+        [*map(str, words), str(tmp_path / "m")], stderr=subprocess.PIPE, text=True
+    ) as child:
+        for line in child.stderr:
+            if "epoch 1/3" in line:
+                child.send_signal(signal.SIGINT)
+                break
+        rest = child.stderr.read()
+    assert child.returncode == 130, rest
     assert "--resume" in rest
     assert not (tmp_path / "m").exists()
     subprocess.run([*map(str, words), str(tmp_path / "m"), "--resume"], capture_output=True, check=True)

@@ -8,7 +8,9 @@ from umiad.config import Preprocessing, TrainingConfig, canonical_json, check_si
 from umiad.errors import ConfigError
 
 
-@pytest.mark.parametrize(("size", "best"), [(250, 256), (63, 64), (1, 64), (0, 64), (-32, 64), (100, 96), (257, 256)])
+@pytest.mark.parametrize(
+    ("size", "best"), [(250, 256), (63, 64), (1, 64), (0, 64), (-32, 64), (100, 96), (257, 256)]
+)
 def test_a_wrong_size_is_an_error_that_names_the_nearest(size, best):
     with pytest.raises(ConfigError, match=f"the nearest is {best}"):
         check_size(size)

@@ -96,7 +96,9 @@ def random_scores(inner, images):
 
 def batch_normalised(inner, images):
     scores = inner.score(images)
-    return Scores(scores.anomaly_map / scores.anomaly_map.amax(), scores.image_score / scores.image_score.max())
+    return Scores(
+        scores.anomaly_map / scores.anomaly_map.amax(), scores.image_score / scores.image_score.max()
+    )
 
 
 def upside_down(inner, images):

@@ -104,7 +104,9 @@ def test_full_and_latent_likelihood_differ_in_scoring_only():
 def test_the_papers_budget_of_trainable_parameters():
     config = detectors.preset_config("egmf", "paper", size=SIZE)
     detector = detectors.make("egmf", config.canonical(), None)
-    parts = {k: sum(p.numel() for p in m.parameters() if p.requires_grad) for k, m in detector.parts().items()}
+    parts = {
+        k: sum(p.numel() for p in m.parameters() if p.requires_grad) for k, m in detector.parts().items()
+    }
     assert parts["encoder"] == 0
     assert [parts[f"flow{k}"] for k in (1, 2, 3, 4)] == [185_472, 592_128, 2_068_992, 7_676_928]
     assert parts["fusion"] == 462_000

@@ -14,7 +14,9 @@ def test_an_input_error_names_file_reason_and_remedy():
 
 
 def test_a_missing_extra_names_the_command_that_installs_it():
-    with pytest.raises(MissingExtraError, match=r"writing SEG needs no_such_module: pip install 'umiad\[dicom\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"writing SEG needs no_such_module: pip install 'umiad\[dicom\]'"
+    ):
         require("no_such_module", extra="dicom", purpose="writing SEG")
 
 
@@ -29,8 +31,11 @@ def test_at_most_nine_public_names():
         umiad.nothing_there  # noqa: B018
 
 
-@pytest.mark.parametrize("code", ["import umiad", "import umiad.cli.app", "import umiad.types, umiad.config, umiad.data"])
+@pytest.mark.parametrize(
+    "code", ["import umiad", "import umiad.cli.app", "import umiad.types, umiad.config, umiad.data"]
+)
 def test_importing_leaves_torch_and_other_heavy_packages_out(code):
-    check = f"{code}; import sys; print([m for m in ('torch','monai','lightning','matplotlib','sklearn') if m in sys.modules])"
+    heavy = ("torch", "monai", "lightning", "matplotlib", "sklearn")
+    check = f"{code}; import sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -41,7 +41,9 @@ def test_equal_images_are_prepared_once():
     by_key = dict(pairs)
     detector, seen = Doubling(), []
     cache = FeatureCache(keys)
-    cache.fill(detector, ((k, by_key[k]) for k in keys), batch_size=2, progress=lambda n, of: seen.append((n, of)))
+    cache.fill(
+        detector, ((k, by_key[k]) for k in keys), batch_size=2, progress=lambda n, of: seen.append((n, of))
+    )
     assert (detector.seen, cache.unique, len(cache)) == (3, 3, 5)
     assert torch.equal(cache.rows([2])["twice"], cache.rows([0])["twice"])
     assert seen[-1] == (3, 3)

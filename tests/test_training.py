@@ -42,7 +42,15 @@ def test_one_row_per_epoch_with_loss_likelihood_and_monitors(tmp_path):
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert told == rows
     assert [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()] == rows
-    wanted = {"loss", "nats_per_dim", "holdout_nats_per_dim", "var_ratio", "min_eigenvalue", "var_y", "var_yf"}
+    wanted = {
+        "loss",
+        "nats_per_dim",
+        "holdout_nats_per_dim",
+        "var_ratio",
+        "min_eigenvalue",
+        "var_y",
+        "var_yf",
+    }
     assert wanted <= rows[-1].keys()
     assert rows[-1]["nats_per_dim"] < rows[0]["nats_per_dim"]
     assert rows[-1]["seconds_left"] == 0

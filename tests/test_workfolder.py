@@ -39,9 +39,14 @@ def test_a_second_run_is_refused_and_a_stale_lock_taken_over(tmp_path):
     folder = tmp_path / "model.work"
     folder.mkdir()
     (folder / LOCK).write_text(f"1 {socket.gethostname()}")  # process 1 always runs
-    with pytest.raises(InputError, match="another fit is running"), WorkFolder(tmp_path / "model", {}, resume=False):
+    with (
+        pytest.raises(InputError, match="another fit is running"),
+        WorkFolder(tmp_path / "model", {}, resume=False),
+    ):
         pass
-    (folder / LOCK).write_text(f"{2**22 + os.getpid()} {socket.gethostname()}")  # beyond the largest process id
+    (folder / LOCK).write_text(
+        f"{2**22 + os.getpid()} {socket.gethostname()}"
+    )  # beyond the largest process id
     with WorkFolder(tmp_path / "model", {}, resume=False) as work:
         assert (work.path / LOCK).read_text().startswith(f"{os.getpid()} ")
     (folder / LOCK).write_text("77 another-host")
@@ -51,5 +56,8 @@ def test_a_second_run_is_refused_and_a_stale_lock_taken_over(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_a_disk_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="cannot be written"), WorkFolder(tmp_path / "file" / "m", {}, resume=False):
+    with (
+        pytest.raises(DiskError, match="cannot be written"),
+        WorkFolder(tmp_path / "file" / "m", {}, resume=False),
+    ):
         pass

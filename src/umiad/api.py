@@ -45,8 +45,8 @@ def build(
 ) -> Detector:
     """Build an unfitted detector.
 
-    `detector` and `preset`: see `umiad detectors`. `weights` of the ResNet18 backbone: "imagenet" (cache, else
-    download), "random", a label in the cache, or a file. `size`: edge in pixels the images are stretched to,
+    `detector` and `preset`: see `umiad detectors`. `weights` of the ResNet18 backbone: "imagenet" (cache,
+    else download), "random", a label in the cache, or a file. `size`: edge in pixels the images are stretched to,
     a multiple of 32 from 64 up. `settings` override fields of the preset, for example
     {"fusion": "none"} or {"training": {"epochs": 5}}.
 
@@ -105,7 +105,12 @@ def calibrate(
 
 
 def evaluate(
-    model: FittedModel, data: Data, *, n_resamples: int = 1000, seed: int = 0, reporter: Reporter | None = None
+    model: FittedModel,
+    data: Data,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    reporter: Reporter | None = None,
 ) -> Evaluation:
     """Metrics with 95 % intervals on the test part of `data`. See `umiad.evaluation.evaluate_model`."""
     return evaluate_model(model, data, n_resamples=n_resamples, seed=seed, reporter=reporter)

@@ -82,7 +82,9 @@ def score_files(
     outputs, reporter = outputs or Outputs(), reporter or Silent()
     files, stray = list_images(paths)
     if not files:
-        raise InputError(os.fspath(paths[0]) if paths else "paths", "no images found", "umiad reads PNG, JPEG, TIFF, BMP")
+        raise InputError(
+            os.fspath(paths[0]) if paths else "paths", "no images found", "umiad reads PNG, JPEG, TIFF, BMP"
+        )
     if stray:
         reporter.note(f"{len(stray)} files are no images to score and were ignored: {stray[0].name}, ...")
     summary = Summary(out)
@@ -140,7 +142,9 @@ class _Writer:
 
     def __init__(self, model: FittedModel, out: Path, outputs: Outputs) -> None:
         calibration = model.config.calibration
-        self.scale = colour_scale(calibration.map_threshold if calibration else None, model.config.map_reference)
+        self.scale = colour_scale(
+            calibration.map_threshold if calibration else None, model.config.map_reference
+        )
         self.full_scale = 2 * (calibration.map_threshold if calibration else model.config.map_reference)
         self._out, self._outputs = out, outputs
         self._used: set[str] = set()
@@ -181,7 +185,11 @@ class _Writer:
         if self._outputs.maps == "npy":
             np.save(folder / f"{stem}.npy", anomaly_map, allow_pickle=False)
             return f"maps/{stem}.npy"
-        grey = np.clip(anomaly_map / self.full_scale, 0, 1) * 65535 if self.full_scale > 0 else np.zeros_like(anomaly_map)
+        grey = (
+            np.clip(anomaly_map / self.full_scale, 0, 1) * 65535
+            if self.full_scale > 0
+            else np.zeros_like(anomaly_map)
+        )
         Pillow.fromarray(np.round(grey).astype(np.uint16)).save(folder / f"{stem}.png")
         return f"maps/{stem}.png"
 

@@ -46,7 +46,9 @@ class SafeCheckpointIO(CheckpointIO):
             shutil.rmtree(fresh, ignore_errors=True)
             raise DiskError(f"{target}: the checkpoint could not be written: {error}") from error
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: Any = None
+    ) -> dict[str, Any]:
         """Read the folder `path`. Raises ModelFileError when it is damaged."""
         folder = newest(Path(path))
         try:

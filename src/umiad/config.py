@@ -30,7 +30,9 @@ def check_size(size: int) -> int:
     if size >= SIZE_MIN and size % SIZE_STEP == 0:
         return size
     best = max(SIZE_MIN, round(size / SIZE_STEP) * SIZE_STEP)
-    raise ConfigError(f"size {size} is not a multiple of {SIZE_STEP} from {SIZE_MIN} up; the nearest is {best}")
+    raise ConfigError(
+        f"size {size} is not a multiple of {SIZE_STEP} from {SIZE_MIN} up; the nearest is {best}"
+    )
 
 
 class Config(BaseModel):

@@ -86,9 +86,9 @@ def evaluate_model(
 ) -> Evaluation:
     """Score the test part of `data` and compute every metric with its 95 % interval.
 
-    The test part is the official one where the data has it, else the one of the split stored in the model
-    (by content hash), else, for data the model never saw, all of it. Raises InputError when an image that
-    shaped the model (fitted, held out or calibrated on) is in the test part, or when there is nothing to test.
+    The test part is the official one where the data has it, else the one of the split stored in the
+    model (by content hash), else, for data the model never saw, all of it. Raises InputError when an image
+    that shaped the model (fitted, held out or calibrated on) is in the test part, or when it is empty.
     """
     reporter = reporter or Silent()
     test = _test_part(model, as_dataset(data))
@@ -146,7 +146,9 @@ def _test_part(model: FittedModel, dataset: DataSet) -> _Test:
     new = sum(1 for digest in hashes.values() if digest not in known)
     notes = list(dataset.notes)
     if new and len(chosen) < len(labelled) and rule.startswith("test part"):
-        notes.append(f"{new} images are not in the model's split and were left out; evaluate them as a folder")
+        notes.append(
+            f"{new} images are not in the model's split and were left out; evaluate them as a folder"
+        )
     groups = tuple(entry.group if (entry := known.get(hashes[case])) else case.group for case in chosen)
     return _Test(tuple(chosen), groups, rule, tuple(notes))
 

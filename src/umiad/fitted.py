@@ -48,7 +48,12 @@ class FittedModel:
     """
 
     def __init__(
-        self, detector: Detector, config: SavedConfig, split: Split, *, extras: Mapping[str, bytes] | None = None
+        self,
+        detector: Detector,
+        config: SavedConfig,
+        split: Split,
+        *,
+        extras: Mapping[str, bytes] | None = None,
     ) -> None:
         self.detector = detector
         self.config = config
@@ -84,14 +89,18 @@ class FittedModel:
         sequence of these of mixed sizes. Maps, boxes and areas are in the original image's pixels; regions
         smaller than `min_area` pixels are left out. Raises InputError for what cannot be used.
         """
-        pairs = self.score_images(iter_images(images))
-        return [self.finding(image, *raw, min_area=min_area) for image, *raw in pairs]
+        return [
+            self.finding(image, value, small_map, min_area=min_area)
+            for image, value, small_map in self.score_images(iter_images(images))
+        ]
 
     def score_images(self, images: Iterable[Image]) -> Iterator[tuple[Image, float, np.ndarray]]:
         """Yield (image, image_score, anomaly_map [S,S] at the model's size), a batch of 8 at a time."""
         stream = iter(images)
         while batch := list(itertools.islice(stream, BATCH_SIZE)):
-            scores = self.score_inputs(np.stack([to_input(each, self.config.preprocessing) for each in batch]))
+            scores = self.score_inputs(
+                np.stack([to_input(each, self.config.preprocessing) for each in batch])
+            )
             maps, values = scores.anomaly_map.numpy(), scores.image_score.tolist()
             yield from zip(batch, values, maps, strict=True)
 

@@ -93,7 +93,7 @@ class _Job:
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" -> the best device present; else `name`. Raises InputError when it is not there."""
+    """The best device present for "auto", else `name`. Raises InputError when it is not there."""
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next(device for device in ("cuda", "mps", "cpu") if present[device])
@@ -169,8 +169,12 @@ def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
     for note in dataset.notes:
         job.reporter.note(note)
     if bad and job.options.on_error == "fail":
-        listing = "; ".join(str(each) for each in bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise InputError(dataset.root, f"{len(bad)} unreadable files: {listing}", "--on-error skip leaves them out")
+        listing = "; ".join(str(each) for each in bad[:5]) + (
+            f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+        )
+        raise InputError(
+            dataset.root, f"{len(bad)} unreadable files: {listing}", "--on-error skip leaves them out"
+        )
     for each in bad:
         job.reporter.note(f"left out: {each}")
     kept = [(c, f) for c, f in zip(dataset.cases, found, strict=True) if isinstance(f, Fingerprint)]
@@ -242,7 +246,10 @@ def _assemble(job: _Job, dataset: DataSet, split: Split, run: TrainingRun, rows:
     calibration = None
     if held_out:
         calibration = fit_calibration(
-            [score for score, _ in held_out], [peak for _, peak in held_out], fpr=job.options.fpr, source="holdout"
+            [score for score, _ in held_out],
+            [peak for _, peak in held_out],
+            fpr=job.options.fpr,
+            source="holdout",
         )
         if calibration.fpr_bound is not None:
             job.reporter.note(
@@ -311,4 +318,3 @@ def case_hash(case: Case) -> str:
     if case.image is None:
         return file_sha256(case.path)
     return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
-

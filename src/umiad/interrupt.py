@@ -15,11 +15,16 @@ class Interrupted(UmiadError):
 
     def __init__(self, number: int, *, when: str) -> None:
         self.exit_code = 128 + number
-        super().__init__(f"stopped {when}; repeat the command with --resume to go on from the last saved state")
+        super().__init__(
+            f"stopped {when}; repeat the command with --resume to go on from the last saved state"
+        )
 
 
 class Interrupt:
-    """Inside the `with` block the first signal only sets `signal`; outside the main thread it does nothing."""
+    """Inside the `with` block the first signal only sets `signal`, the second one stops at once.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
+    """
 
     def __init__(self) -> None:
         self.signal = 0

@@ -54,7 +54,11 @@ class RichReporter:
         if (loss := row.get("loss")) is not None:
             facts.append(f"loss {loss:.4f} nats/dim")
         labels = {"nats_per_dim": "train", "holdout_nats_per_dim": "held-out normals"}
-        facts += [f"-log p {text} {value:.4f}" for key, text in labels.items() if (value := row.get(key)) is not None]
+        facts += [
+            f"-log p {text} {value:.4f}"
+            for key, text in labels.items()
+            if (value := row.get(key)) is not None
+        ]
         facts.append(f"{row['seconds']:.1f} s, left {_clock(float(row['seconds_left'] or 0))}")
         self.console.print("  ".join(facts), highlight=False)
         self.stage("training", number, epochs)

@@ -51,7 +51,9 @@ def _charts(model: FittedModel, evaluation: Evaluation) -> list[Picture]:
     scores = [case.image_score for case in evaluation.cases]
     labels = [case.label for case in evaluation.cases]
     threshold = calibration.image_threshold if calibration else None
-    charts = [Picture("Scores of normal and abnormal test images", score_histogram(scores, labels, threshold))]
+    charts = [
+        Picture("Scores of normal and abnormal test images", score_histogram(scores, labels, threshold))
+    ]
     if evaluation.roc:
         charts.append(Picture("ROC: true against false positives", roc_chart(evaluation.roc, "ROC")))
     if evaluation.pro is not None:

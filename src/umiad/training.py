@@ -56,8 +56,8 @@ def import_lightning() -> Any:
         import lightning.pytorch as lightning
     except (RuntimeError, ImportError, AttributeError) as error:
         raise UmiadError(
-            f"lightning cannot be imported ({error}). A torchvision that does not fit this torch is the usual "
-            "cause: pip uninstall torchvision (umiad does not need it); `umiad doctor` tells more"
+            f"lightning cannot be imported ({error}). A torchvision that does not fit this torch is the "
+            "usual cause: pip uninstall torchvision (umiad does not need it); `umiad doctor` tells more"
         ) from error
     return lightning
 
@@ -174,14 +174,17 @@ def _fitter(lightning: Any, detector: Detector, run: TrainingRun) -> Any:
     return Fitter()
 
 
-def _check_finite(values: dict[str, torch.Tensor], run: TrainingRun, chosen: list[int], *, epoch: int) -> None:
+def _check_finite(
+    values: dict[str, torch.Tensor], run: TrainingRun, chosen: list[int], *, epoch: int
+) -> None:
     """Stop before the optimiser sees a value that is not finite; the images are named by content hash."""
     bad = [name for name, value in values.items() if not bool(torch.isfinite(value).all())]
     if bad:
         images = ", ".join(run.cache.keys[k][:12] for k in chosen[:8])
         raise TrainingError(
             f"epoch {epoch + 1}: {', '.join(bad)} not finite on a batch of {len(chosen)} images "
-            f"(content hashes {images}, ...); a smaller learning rate or clamp helps, the last saved state is kept"
+            f"(content hashes {images}, ...); a smaller learning rate or clamp helps; "
+            "the last saved state is kept"
         )
 
 
@@ -198,7 +201,9 @@ def _epoch_end(lightning: Any, run: TrainingRun, log: _Log, interrupt: Interrupt
             row = _row(trainer, fitter, run, seconds=time.monotonic() - self.started)
             log.append(row)
             if trainer.logger is not None:
-                trainer.logger.log_metrics({k: v for k, v in row.items() if v is not None}, trainer.current_epoch)
+                trainer.logger.log_metrics(
+                    {k: v for k, v in row.items() if v is not None}, trainer.current_epoch
+                )
             if run.on_epoch is not None:
                 run.on_epoch(row)
             due = time.monotonic() - self.saved > CHECKPOINT_SECONDS
@@ -216,7 +221,9 @@ def _row(trainer: Any, fitter: Any, run: TrainingRun, *, seconds: float) -> Row:
     epoch = trainer.current_epoch + 1
     row: Row = {"epoch": epoch, "epochs": trainer.max_epochs, "seconds": round(seconds, 3)}
     for name in fitter.losses[0] if fitter.losses else ():
-        row["loss" if name == "total" else name] = sum(each[name] for each in fitter.losses) / len(fitter.losses)
+        row["loss" if name == "total" else name] = sum(each[name] for each in fitter.losses) / len(
+            fitter.losses
+        )
     detector = fitter.detector
     row.update(detector.monitor(run.cache.rows(run.train[:MONITORED])))
     if run.holdout:
@@ -234,7 +241,9 @@ class _Log:
         self._path = path
         if path is not None and path.exists():
             if keep:
-                self.rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+                self.rows = [
+                    json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line
+                ]
             path.unlink()
         for row in self.rows:
             self._write(row)

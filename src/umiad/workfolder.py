@@ -54,7 +54,9 @@ class WorkFolder:
         except FileExistsError:
             owner = lock.read_text(encoding="utf-8")
             if _alive(owner):
-                raise InputError(self.path, f"another fit is running there (process and host: {owner})") from None
+                raise InputError(
+                    self.path, f"another fit is running there (process and host: {owner})"
+                ) from None
             lock.write_text(mine, encoding="utf-8")
 
     def _claim(self) -> None:
@@ -70,7 +72,9 @@ class WorkFolder:
                 raise ConfigError(f"{self.path}: nothing to resume; leave out --resume to start a new fit")
             found = loads(file.read_text(encoding="utf-8"), source=str(file))
             if found != self._run:
-                raise ConfigError(f"{self.path}: the run to resume differs in {_difference(found, self._run)}")
+                raise ConfigError(
+                    f"{self.path}: the run to resume differs in {_difference(found, self._run)}"
+                )
         except ConfigError:
             (self.path / LOCK).unlink(missing_ok=True)
             raise

@@ -46,7 +46,7 @@ app = typer.Typer(
 )
 
 
-def _version(value: bool) -> None:  # noqa: FBT001 - the signature typer asks for
+def _version(value: bool) -> None:
     if value:
         typer.echo(f"umiad {__version__}")
         raise typer.Exit

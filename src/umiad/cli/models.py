@@ -18,15 +18,19 @@ Model = Annotated[Path, typer.Argument(help="Saved model (a directory).", metava
 Out = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads (default: all).")]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda", "mps"], typer.Option("--device", help="Where to compute; auto = best present.")
+    Literal["auto", "cpu", "cuda", "mps"],
+    typer.Option("--device", help="Where to compute; auto = best present."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 Groups = Annotated[
-    Path | None, typer.Option("--groups", help="CSV path,group: images that must stay on one side of a split.")
+    Path | None,
+    typer.Option("--groups", help="CSV path,group: images that must stay on one side of a split."),
 ]
 Holdout = Annotated[
     float,
-    typer.Option("--holdout", min=0.0, max=0.89, help="Share of training normals kept for the threshold; 0 = none."),
+    typer.Option(
+        "--holdout", min=0.0, max=0.89, help="Share of training normals kept for the threshold; 0 = none."
+    ),
 ]
 Fpr = Annotated[float, typer.Option("--fpr", help="False-positive rate that the threshold keeps.")]
 Size = Annotated[int, typer.Option("--size", help="Edge in pixels; a multiple of 32 from 64 up.")]
@@ -80,7 +84,9 @@ def fit(
         list[str] | None, typer.Option("--set", help="Detector setting, e.g. fusion=none; repeatable.")
     ] = None,
     groups: Groups = None,
-    split: Annotated[Path | None, typer.Option("--split", help="Reproduce the split of this split.json.")] = None,
+    split: Annotated[
+        Path | None, typer.Option("--split", help="Reproduce the split of this split.json.")
+    ] = None,
     on_error: Annotated[
         Literal["fail", "skip"], typer.Option("--on-error", help="What to do with unreadable files.")
     ] = "fail",
@@ -106,7 +112,13 @@ def fit(
         chosen["training"] = {**chosen.get("training", {}), "epochs": epochs}
     built = api.build(detector, preset=preset, weights=weights, size=size, seed=seed, settings=chosen)
     options = api.FitOptions(
-        holdout=holdout, seed=seed, fpr=fpr, colour=colour, intensity=intensity, on_error=on_error, device=device
+        holdout=holdout,
+        seed=seed,
+        fpr=fpr,
+        colour=colour,
+        intensity=intensity,
+        on_error=on_error,
+        device=device,
     )
     grouped = Split.read(split) if split else read_groups(groups) if groups else None
     with RichReporter(console(err=True)) as reporter:
@@ -115,7 +127,9 @@ def fit(
             reporter.note(f"--epochs has no effect: {detector} is a closed form")
         if built.config.weights == "random":
             reporter.note("random backbone weights: scores will be weak; see `umiad weights --help`")
-        model = fitting.fit_model(built, data, options, groups=grouped, out=out, resume=resume, reporter=reporter)
+        model = fitting.fit_model(
+            built, data, options, groups=grouped, out=out, resume=resume, reporter=reporter
+        )
     facts = model.info
     typer.echo(f"saved {out}: {facts['n_train']} normal images fitted, {facts['n_holdout']} held out")
     typer.echo(f"threshold: {_threshold(facts)}")
@@ -129,7 +143,8 @@ def score(
     out: Out,
     pictures: Annotated[Literal["overlay", "none"], typer.Option(help="A picture per image.")] = "overlay",
     maps: Annotated[
-        Literal["npy", "png16", "none"], typer.Option(help="The anomaly map per image, in the image's own pixels.")
+        Literal["npy", "png16", "none"],
+        typer.Option(help="The anomaly map per image, in the image's own pixels."),
     ] = "npy",
     min_area: MinArea = 1,
     device: Device = "auto",

@@ -34,7 +34,9 @@ def detectors(size: Size = 256, json: Json = False) -> None:
         typer.echo(f"  {row['reference']}; fidelity: {row['fidelity']}")
         typer.echo(f"  presets: {', '.join(row['presets'])}; preset {row['preset']!r} at {size} px:")
         for part, counts in row["parts"].items():
-            typer.echo(f"    {part:24} {counts['total']:>12,} parameters, {counts['trainable']:>12,} trainable")
+            typer.echo(
+                f"    {part:24} {counts['total']:>12,} parameters, {counts['trainable']:>12,} trainable"
+            )
         typer.echo(f"    {'all':24} {row['total']:>12,} parameters, {row['trainable']:>12,} trainable")
 
 
@@ -46,17 +48,23 @@ def weights_list(json: Json = False) -> None:
 
     entries = weights.listing()
     if json:
-        print_json([{"label": e.label, "path": str(e.path), "bytes": e.bytes, "sha256": e.sha256} for e in entries])
+        print_json(
+            [{"label": e.label, "path": str(e.path), "bytes": e.bytes, "sha256": e.sha256} for e in entries]
+        )
         return
     for entry in entries:
         typer.echo(f"{entry.label:24} {entry.bytes:>12,} bytes  {entry.path}")
     if not entries:
-        typer.echo("no weights in the cache; `umiad weights fetch` downloads, `umiad weights add FILE` copies")
+        typer.echo(
+            "no weights in the cache; `umiad weights fetch` downloads, `umiad weights add FILE` copies"
+        )
 
 
 @weights_app.command("add")
 @command
-def weights_add(file: Annotated[Path, typer.Argument(help="A .safetensors file, or torchvision's .pth.")]) -> None:
+def weights_add(
+    file: Annotated[Path, typer.Argument(help="A .safetensors file, or torchvision's .pth.")],
+) -> None:
     """Copy a weights file into the cache after checking it (for machines without network)."""
     from umiad import weights
 

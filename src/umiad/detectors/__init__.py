@@ -47,7 +47,7 @@ def preset_config(name: str, preset: str, **common: Any) -> Any:
 
 
 def make(name: str, config: Mapping[str, Any], backbone: Mapping[str, Tensor] | None) -> Detector:
-    """Build an unfitted detector from plain configuration values and the backbone's tensors (None = random)."""
+    """Build an unfitted detector from plain configuration and the backbone's tensors (None = random)."""
     cls = detector_class(name)
     detector: Detector = cls(cls.Config.parse(config), backbone)
     return detector

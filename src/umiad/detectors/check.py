@@ -37,7 +37,11 @@ def clean_images(count: int, *, size: int, seed: int = 0) -> Tensor:
     rng = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 1, 8, 8, generator=rng)
     grey = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bilinear", align_corners=True)
-    return (0.3 * grey + 0.05 * torch.randn(count, 1, size, size, generator=rng)).expand(-1, 3, -1, -1).contiguous()
+    return (
+        (0.3 * grey + 0.05 * torch.randn(count, 1, size, size, generator=rng))
+        .expand(-1, 3, -1, -1)
+        .contiguous()
+    )
 
 
 def with_blob(images: Tensor, *, value: float = 1.0) -> Tensor:
@@ -154,7 +158,9 @@ def _check_prepared(make: Make, size: int) -> None:
     _expect(all(len(values) == 3 for values in prepared.values()), "prepared tensors lack the batch axis")
     _expect(not any(v.requires_grad for v in prepared.values()), "prepared tensors carry gradients")
     cached = detector.score_prepared(prepared)
-    _expect(_same(detector.score(images).anomaly_map, cached.anomaly_map), "score differs from score_prepared")
+    _expect(
+        _same(detector.score(images).anomaly_map, cached.anomaly_map), "score differs from score_prepared"
+    )
 
 
 def _check_round_trip(make: Make, size: int) -> None:
@@ -177,7 +183,9 @@ def _check_gradients(make: Make, size: int) -> None:
     fit_quickly(detector, clean_images(4, size=size), steps=2)
     wanted = {id(p) for group in detector.param_groups() for p in group["params"]}
     for name, parameter in detector.module.named_parameters():
-        _expect((id(parameter) in wanted) == parameter.requires_grad, f"{name} is trainable but not optimised")
+        _expect(
+            (id(parameter) in wanted) == parameter.requires_grad, f"{name} is trainable but not optimised"
+        )
         if parameter.requires_grad:
             _expect(parameter.grad is not None, f"{name} gets no gradient")
         else:
@@ -199,7 +207,9 @@ def _check_blob(make: Make, size: int) -> None:
     fit_quickly(detector, clean_images(16, size=size), steps=100)
     normal = clean_images(4, size=size, seed=7)
     clean, marked = detector.score(normal), detector.score(with_blob(normal))
-    _expect(marked.image_score.min() > clean.image_score.max(), "a planted blob does not rank above clean images")
+    _expect(
+        marked.image_score.min() > clean.image_score.max(), "a planted blob does not rank above clean images"
+    )
     if detector.info.localises:
         middle = slice(size // 2 - size // 8, size // 2 + size // 8)
         inside = marked.anomaly_map[:, middle, middle].mean()

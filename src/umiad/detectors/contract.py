@@ -58,7 +58,7 @@ class Detector(Protocol):
         ...
 
     def monitor(self, prepared: dict[str, Tensor]) -> dict[str, float]:
-        """Numbers worth watching on a batch, without gradients; "nats_per_dim" where there is a likelihood."""
+        """Numbers worth watching on a batch, no gradients; "nats_per_dim" where there is a likelihood."""
         ...
 
     def score(self, images: Tensor) -> Scores:

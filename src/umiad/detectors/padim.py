@@ -1,4 +1,4 @@
-"""PaDiM (Defard et al., 2021): one Gaussian per position on randomly chosen channels; the honest yardstick."""
+"""PaDiM (Defard et al., 2021): one Gaussian per position on random channels; the honest yardstick."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ POSITIONS_AT_ONCE = 512
 
 
 class PadimConfig(DetectorConfig):
-    """`scales` of the pyramid (1..4), number of random `channels`, `epsilon` on the covariance's diagonal,
+    """What the Gaussians are fitted on.
+
+    `scales` of the pyramid (1..4), number of random `channels`, `epsilon` on the covariance's diagonal,
     `sigma` of the map's Gaussian smoothing in pixels.
     """
 
@@ -103,7 +105,7 @@ class Padim:
         return []
 
     def monitor(self, prepared: dict[str, Tensor]) -> dict[str, float]:
-        """Mean squared Mahalanobis distance per dimension; about 1 for images from the fitted distribution."""
+        """Mean squared Mahalanobis distance per dimension; about 1 for images like the fitted ones."""
         if not self.fitted:
             return {}
         with evaluating(self.module):
