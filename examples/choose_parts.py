@@ -1,9 +1,11 @@
 """An ablation is a choice of parts by name: the same call, other parts (see docs/architecture.md)."""
 
+import tempfile
+
 import umiad
 from umiad.phantoms import write_phantoms
 
-data = write_phantoms("phantoms", n_normal=20, n_abnormal=6, size=64)
+data = write_phantoms(tempfile.mkdtemp(), n_normal=20, n_abnormal=6, size=64)
 variants = {
     "full": {},
     "no edges": {"edge": "none", "aggregate": "ignore"},

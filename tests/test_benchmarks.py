@@ -38,7 +38,19 @@ def test_a_grid_runs_resumes_and_renders(scripts, tmp_path, monkeypatch, capsys)
     protocol.main()
     [result] = (tmp_path / "results").glob("*.json")
     record = json.loads(result.read_text())
-    named = {"detector", "dataset", "preset", "variant", "seed", "holdout", "n_train", "weights", "size", "commit", "metrics"}
+    named = {
+        "detector",
+        "dataset",
+        "preset",
+        "variant",
+        "seed",
+        "holdout",
+        "n_train",
+        "weights",
+        "size",
+        "commit",
+        "metrics",
+    }
     assert named <= record.keys()
     assert "head_ct" in capsys.readouterr().err  # the set that is not there is named
     before = result.stat().st_mtime_ns

@@ -9,7 +9,9 @@ from umiad.types import Case, Finding, Image, Region
 
 
 def finding():
-    return Finding("a.png", 1.5, np.zeros((4, 6), np.float32), 0.25, True, 1.0, (Region((1, 2, 3, 4), 4, 2.0),))
+    return Finding(
+        "a.png", 1.5, np.zeros((4, 6), np.float32), 0.25, True, 1.0, (Region((1, 2, 3, 4), 4, 2.0),)
+    )
 
 
 def test_a_finding_is_one_json_object_without_its_map():

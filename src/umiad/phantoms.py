@@ -5,6 +5,7 @@ Phantoms, not patients: they show that the software works, never how well it wor
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,12 @@ class _Head:
 
 
 def write_phantoms(
-    folder: Path, *, n_normal: int = 60, n_abnormal: int = 20, size: int = 192, seed: int = 0
+    folder: str | os.PathLike[str],
+    *,
+    n_normal: int = 60,
+    n_abnormal: int = 20,
+    size: int = 192,
+    seed: int = 0,
 ) -> Path:
     """Write phantoms (not patients) below `folder` and return it; the same numbers give the same bytes.
 
@@ -41,6 +47,7 @@ def write_phantoms(
         InputError: `folder` is a file, or holds something already.
         DiskError: writing failed.
     """
+    folder = Path(folder)
     if min(n_normal, n_abnormal, seed) < 0 or size < _SMALLEST:
         raise ConfigError(
             f"phantoms: n_normal {n_normal}, n_abnormal {n_abnormal}, seed {seed}, size {size}; "
