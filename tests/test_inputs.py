@@ -12,7 +12,7 @@ def test_a_sequence_of_mixed_forms_gives_images_in_order(tmp_path):
     grey_png(path, size=(40, 50))
     stack = np.zeros((2, 64, 48), np.uint8)
     image = Image(np.zeros((1, 33, 34), np.float32), "held")
-    found = list(iter_images([path, stack, image, [str(path)]]))
+    found = list(iter_images([path, stack, image, str(path)]))
     assert [each.size for each in found] == [(40, 50), (64, 48), (64, 48), (33, 34), (40, 50)]
     assert found[2].name == "array[1][1]"
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image as Pillow
 
 from umiad import api, batch, report_files
 from umiad import weights as backbones
 from umiad.errors import InputError
 from umiad.fitting import Reporter
+from umiad.overlay import write_png
 from umiad.phantoms import write_phantoms
 
 MARK = "umiad-demo.json"
@@ -48,6 +53,7 @@ class DemoResult:
             f"report of the evaluation: {self.out / 'evaluation' / 'report.html'}",
             f"report of the scored images: {self.out / 'scores' / 'report.html'}",
             f"training curves: {self.out / 'model' / 'curves.png'}",
+            f"pictures, side by side: {self.out / 'overview.png'}",
             *(f"picture: {path}" for path in self.pictures[:4]),
         ]
 
@@ -70,6 +76,7 @@ def run_demo(
     test = [case.name for case in evaluation.cases]
     chosen = [name for name in test if "abnormal" in Path(name).parts][:4] + test[-4:]
     summary = batch.score_files(model, chosen, out / "scores", reporter=reporter)
+    _overview(summary.pictures[:2] + summary.pictures[-2:], out / "overview.png")
     lines = (out / "scores" / "scores.jsonl").read_text(encoding="utf-8").splitlines()
     return DemoResult(
         out=out,
@@ -87,6 +94,19 @@ def _clear(out: Path) -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     (out / MARK).write_text("{}\n", encoding="utf-8")
+
+
+def _overview(pictures: Sequence[Path], target: Path) -> None:
+    """Put overlays side by side, two in a row."""
+    tiles = []
+    for path in pictures:
+        with Pillow.open(path, formats=["PNG"]) as opened:
+            tiles.append(opened.convert("RGB"))
+    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    sheet = Pillow.new("RGB", (2 * width + 8, -(-len(tiles) // 2) * (height + 8) - 8), "white")
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile, (number % 2 * (width + 8), number // 2 * (height + 8)))
+    write_png(target, np.asarray(sheet))
 
 
 def _value(metric: dict[str, Any]) -> str:

@@ -47,13 +47,9 @@ class Fingerprint:
 
 def fingerprint(source: Case | str | os.PathLike[str]) -> Fingerprint:
     """Decode one image and describe it. Raises InputError when it cannot be read."""
-    if isinstance(source, Case) and source.image is not None:
-        image = source.image
-        digest = hashlib.sha256(np.ascontiguousarray(image.pixels).tobytes()).hexdigest()
-    else:
-        path = source.path if isinstance(source, Case) else Path(source)
-        image = read_image(path)
-        digest = file_sha256(path)
+    case = source if isinstance(source, Case) else Case(Path(source))
+    image = case.image or read_image(case.path)
+    digest = case_sha256(case)
     grey = luminance(image.pixels)[0]
     thumbnail = _thumbnail(grey)
     return Fingerprint(
@@ -88,6 +84,13 @@ def fingerprints(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return [each for each in results if each is not None]
+
+
+def case_sha256(case: Case) -> str:
+    """Content hash of a case: of its file's bytes, or of its pixels where it never was a file."""
+    if case.image is None:
+        return file_sha256(case.path)
+    return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +10,10 @@ import numpy as np
 
 from umiad.bootstrap import evaluate_scores
 from umiad.data import DataSet
+from umiad.duplicates import case_sha256
 from umiad.errors import InputError
 from umiad.fitted import FittedModel
-from umiad.fitting import Data, Reporter, Silent, as_dataset, case_hash, case_image
+from umiad.fitting import Data, Reporter, Silent, as_dataset, case_image
 from umiad.io import read_mask
 from umiad.metrics import UndefinedMetric, pro_curve, roc_points
 from umiad.preprocess import resize_mask
@@ -122,7 +122,7 @@ def evaluate_model(
 
 def _test_part(model: FittedModel, dataset: DataSet) -> _Test:
     labelled = [case for case in dataset.cases if case.label is not None]
-    hashes = {case: case_hash(case) for case in labelled}
+    hashes = {case: case_sha256(case) for case in labelled}
     known = {entry.sha256: entry for entry in model.split.entries}
     if any(case.split for case in labelled):
         chosen, rule = [case for case in labelled if case.split == "test"], "official test part of the data"
@@ -253,8 +253,3 @@ def _examples(cases: Sequence[Case], scores: np.ndarray) -> dict[str, tuple[Case
         "Normal images with the highest scores (false alarms)": tuple(normal[:EXAMPLES]),
     }
     return {title: chosen for title, chosen in found.items() if chosen}
-
-
-def data_path(data: Data) -> str:
-    """A name for `data` in reports."""
-    return os.fspath(data) if isinstance(data, (str, os.PathLike)) else "arrays"

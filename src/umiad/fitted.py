@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from umiad import detectors, modelfile
-from umiad.calibration import Calibration, fit_calibration, make_finding
+from umiad.calibration import NO_CALIBRATION, Calibration, fit_calibration, make_finding
 from umiad.config import Config, Preprocessing
 from umiad.detectors.contract import Detector
 from umiad.errors import ConfigError, InputError, ModelFileError
@@ -22,7 +22,6 @@ from umiad.splits import Split
 from umiad.types import Finding, Image, Scores
 
 BATCH_SIZE = 8
-NO_CALIBRATION = "fitted with --holdout 0: no held-out normal images (umiad calibrate sets a threshold)"
 
 
 class SavedConfig(Config):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from umiad.calibration import fit_calibration
 from umiad.config import Config, Preprocessing
 from umiad.data import DataSet, load_data
 from umiad.detectors.contract import Detector
-from umiad.duplicates import Fingerprint, file_sha256, fingerprints
+from umiad.duplicates import Fingerprint, fingerprints
 from umiad.errors import InputError
 from umiad.features import MEMORY_LIMIT, FeatureCache
 from umiad.fitted import FittedModel, SavedConfig
@@ -311,10 +310,3 @@ def _log_files(run: TrainingRun, rows: list[Row]) -> dict[str, bytes]:
     if any("nats_per_dim" in row for row in rows):
         extras["curves.png"] = training_curves(rows)
     return extras
-
-
-def case_hash(case: Case) -> str:
-    """Content hash of a case's file, or of its pixels where it never was a file."""
-    if case.image is None:
-        return file_sha256(case.path)
-    return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
