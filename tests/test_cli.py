@@ -118,7 +118,7 @@ def test_evaluate_writes_metrics_with_intervals_and_a_report(model, data, tmp_pa
     assert 0 <= low <= metrics["metrics"]["det_auroc"]["value"] <= high <= 1
     assert metrics["provenance"]["weights"] == "random"
     assert (out / "report.html").stat().st_size > 10_000
-    assert list((out / "pictures").glob("case-*.png"))
+    assert list((out / "pictures").glob("worst-*.png"))
 
 
 def test_calibrate_inspect_and_their_json(model, data, tmp_path):

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import os
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -11,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from make import blob_image, grey_array
-from umiad.errors import DiskError, InputError
-from umiad.overlay import ColourScale, colour_scale, draw_overlay, png_bytes, write_png
+from umiad.errors import InputError
+from umiad.overlay import ColourScale, colour_scale, draw_overlay, png_bytes
 from umiad.types import Image, Region
 
 SCALE = colour_scale(1.0, 1.2)
@@ -249,32 +247,3 @@ def test_png_of_bool_is_black_and_white() -> None:
 def test_png_of_another_shape_or_type_is_refused(shape: tuple[int, ...], dtype: str) -> None:
     with pytest.raises(InputError, match=r"expected \[H,W\]"):
         png_bytes(np.zeros(shape, dtype=dtype))
-
-
-def test_write_png_replaces_the_file(tmp_path: Path) -> None:
-    path = tmp_path / ("ü" * 100 + ".png")
-    write_png(path, np.zeros((4, 4), np.uint8))
-    write_png(path, np.full((4, 5), 9, np.uint8))
-    with PIL.Image.open(path) as picture:
-        assert picture.size == (5, 4)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_png_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.png"
-    write_png(path, np.zeros((4, 4), np.uint8))
-    before = path.read_bytes()
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskError, match="No space left on device"):
-        write_png(path, np.ones((9, 9), np.uint8))
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_write_png_into_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
-    with pytest.raises(DiskError, match="cannot be written"):
-        write_png(tmp_path / "none" / "a.png", np.zeros((4, 4), np.uint8))

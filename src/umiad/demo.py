@@ -14,9 +14,10 @@ from PIL import Image as Pillow
 
 from umiad import api, batch, report_files
 from umiad import weights as backbones
+from umiad.diskfile import write_atomic
 from umiad.errors import InputError
 from umiad.fitting import Reporter
-from umiad.overlay import write_png
+from umiad.overlay import png_bytes
 from umiad.phantoms import write_phantoms
 
 MARK = "umiad-demo.json"
@@ -106,7 +107,7 @@ def _overview(pictures: Sequence[Path], target: Path) -> None:
     sheet = Pillow.new("RGB", (2 * width + 8, -(-len(tiles) // 2) * (height + 8) - 8), "white")
     for number, tile in enumerate(tiles):
         sheet.paste(tile, (number % 2 * (width + 8), number // 2 * (height + 8)))
-    write_png(target, np.asarray(sheet))
+    write_atomic(target, png_bytes(np.asarray(sheet)))
 
 
 def _value(metric: dict[str, Any]) -> str:

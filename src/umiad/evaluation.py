@@ -20,7 +20,7 @@ from umiad.preprocess import resize_mask
 from umiad.types import ABNORMAL, NORMAL, Case, Image
 
 EXAMPLES = 6
-"""Pictures of the best and of the worst cases that a report shows."""
+"""Abnormal and normal images each that a report shows of the best and of the worst cases."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Evaluation:
     """What `evaluate` returns; `to_json` is what `metrics.json` holds.
 
     `metrics`: name -> {"value", "ci95", "n_resamples", "reason"}, fractions; undefined = null with a reason.
-    `roc` and `pro`: points (x, y) for drawing. `examples`: cases worth looking at, by heading.
+    `roc` and `pro`: points (x, y) for drawing. `best`, `worst`: the cases worth looking at: abnormal ones with
+    the highest (lowest) scores, then normal ones with the lowest (highest).
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -52,7 +53,8 @@ class Evaluation:
     cases: tuple[CaseResult, ...]
     roc: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     pro: tuple[list[float], list[float]] | None = None
-    examples: dict[str, tuple[Case, ...]] = field(default_factory=dict)
+    best: tuple[Case, ...] = ()
+    worst: tuple[Case, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Metrics, counts, provenance, notes and one row per case, as plain values."""
@@ -108,6 +110,7 @@ def evaluate_model(
         seed=seed,
     )
     reporter.stage("metrics", 1, 1)
+    best, worst = _examples(test.cases, scores)
     return Evaluation(
         metrics=metrics,
         counts=_counts(test, masks),
@@ -116,7 +119,8 @@ def evaluate_model(
         cases=tuple(_results(model, test, scores, masks)),
         roc=_roc(scores, labels, maps, masks),
         pro=_pro(maps, masks),
-        examples=_examples(test.cases, scores),
+        best=best,
+        worst=worst,
     )
 
 
@@ -241,15 +245,11 @@ def _listed(points: Iterable[Any]) -> tuple[list[float], list[float]]:
     return xs, ys
 
 
-def _examples(cases: Sequence[Case], scores: np.ndarray) -> dict[str, tuple[Case, ...]]:
-    """The cases worth looking at: how the model succeeds and how it fails."""
-    order = np.argsort(-scores, kind="stable")
-    abnormal = [cases[k] for k in order if cases[k].label == ABNORMAL]
-    normal = [cases[k] for k in order if cases[k].label == NORMAL]
-    found = {
-        "Abnormal images with the highest scores": tuple(abnormal[:EXAMPLES]),
-        "Normal images with the lowest scores": tuple(normal[::-1][:EXAMPLES]),
-        "Abnormal images with the lowest scores (misses)": tuple(abnormal[::-1][:EXAMPLES]),
-        "Normal images with the highest scores (false alarms)": tuple(normal[:EXAMPLES]),
-    }
-    return {title: chosen for title, chosen in found.items() if chosen}
+def _examples(cases: Sequence[Case], scores: np.ndarray) -> tuple[tuple[Case, ...], tuple[Case, ...]]:
+    """The cases worth looking at: how the model succeeds, and how it fails."""
+    ranked = [cases[k] for k in np.argsort(-scores, kind="stable")]
+    abnormal = [case for case in ranked if case.label == ABNORMAL]
+    normal = [case for case in ranked if case.label == NORMAL]
+    best = abnormal[:EXAMPLES] + normal[::-1][:EXAMPLES]
+    worst = abnormal[::-1][:EXAMPLES] + normal[:EXAMPLES]
+    return tuple(best), tuple(worst)

@@ -7,20 +7,17 @@ in every picture. Below half the threshold nothing is drawn, so that an unremark
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 from PIL import ImageDraw, ImageFont
 from PIL.Image import Resampling
 
-from umiad.errors import DiskError, InputError
+from umiad.errors import InputError
 from umiad.types import Image, Region
 
 MIN_HEIGHT, MAX_EDGE = 256, 1024  # of one panel, in pixels; the second wins
@@ -148,29 +145,6 @@ def png_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def write_png(path: Path, array: np.ndarray) -> None:
-    """Write `array` (see `png_bytes`) as PNG; `path` holds the old or the whole new file, never a part.
-
-    Raises InputError for another type or shape, DiskError when writing fails.
-    """
-    content = png_bytes(array)
-    temporary = path.with_name(f".umiad-{secrets.token_hex(8)}.tmp")
-    try:
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DiskError(
-            f"{path}: cannot be written: {reason}; choose another folder or free space"
-        ) from error
-
-
 def _check_sizes(image: Image, anomaly_map: np.ndarray, mask: np.ndarray | None) -> None:
     for what, array in (("anomaly map", anomaly_map), ("mask", mask)):
         if array is not None and array.shape != image.size:
@@ -209,7 +183,7 @@ def _shape(shape: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _segmentation(anomaly_map: np.ndarray, threshold: float, regions: Sequence[Region]) -> np.ndarray:
-    segmentation = anomaly_map >= threshold
+    segmentation = anomaly_map > threshold
     if not regions:
         return segmentation
     inside = np.zeros_like(segmentation)

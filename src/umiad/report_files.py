@@ -12,7 +12,7 @@ from umiad.fitted import FittedModel
 from umiad.fitting import case_image
 from umiad.io import read_mask
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
-from umiad.report import Picture, evaluation_page
+from umiad.report import Picture, evaluation_page, p_text
 from umiad.types import Case
 
 
@@ -21,43 +21,35 @@ def write_evaluation(model: FittedModel, evaluation: Evaluation, out: Path) -> P
 
     Raises DiskError when the folder cannot be written.
     """
+    charts = _charts(model, evaluation)
+    best, worst = ([_picture(model, case) for case in cases] for cases in (evaluation.best, evaluation.worst))
+    text = json.dumps(evaluation.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
+    files = {f"{name}.png": chart.png for name, chart in charts.items()}
+    files |= {f"worst-{number:02d}.png": each.png for number, each in enumerate(worst, start=1)}
+    files |= {f"best-{number:02d}.png": each.png for number, each in enumerate(best, start=1)}
     try:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
-        text = json.dumps(evaluation.to_json(), indent=1, allow_nan=False, ensure_ascii=False)
         (out / "metrics.json").write_text(text, encoding="utf-8")
-        charts = _charts(model, evaluation)
-        for chart in charts:
-            (out / "pictures" / f"{chart.caption.split()[0].lower()}.png").write_bytes(chart.png)
-        galleries = {
-            title: [_picture(model, case) for case in cases] for title, cases in evaluation.examples.items()
-        }
+        for name, content in files.items():
+            (out / "pictures" / name).write_bytes(content)
     except OSError as error:
         raise DiskError(f"{out}: cannot be written: {error}") from error
-    best = [each for title, found in galleries.items() if not _is_worst(title) for each in found]
-    worst = [each for title, found in galleries.items() if _is_worst(title) for each in found]
-    for number, each in enumerate(worst + best, start=1):
-        (out / "pictures" / f"case-{number:02d}.png").write_bytes(each.png)
+    shown = list(charts.values())
     return evaluation_page(
-        out / "report.html", evaluation=evaluation.to_json(), charts=charts, best=best, worst=worst
+        out / "report.html", evaluation=evaluation.to_json(), charts=shown, best=best, worst=worst
     )
 
 
-def _is_worst(title: str) -> bool:
-    return title.endswith(")")
-
-
-def _charts(model: FittedModel, evaluation: Evaluation) -> list[Picture]:
+def _charts(model: FittedModel, evaluation: Evaluation) -> dict[str, Picture]:
     calibration = model.config.calibration
     scores = [case.image_score for case in evaluation.cases]
     labels = [case.label for case in evaluation.cases]
-    threshold = calibration.image_threshold if calibration else None
-    charts = [
-        Picture("Scores of normal and abnormal test images", score_histogram(scores, labels, threshold))
-    ]
+    histogram = score_histogram(scores, labels, calibration.image_threshold if calibration else None)
+    charts = {"scores": Picture("Scores of normal and abnormal test images", histogram)}
     if evaluation.roc:
-        charts.append(Picture("ROC: true against false positives", roc_chart(evaluation.roc, "ROC")))
+        charts["roc"] = Picture("ROC: true against false positives", roc_chart(evaluation.roc, "ROC"))
     if evaluation.pro is not None:
-        charts.append(Picture("PRO: overlap of lesions against false positives", pro_chart(*evaluation.pro)))
+        charts["pro"] = Picture("PRO: overlap of lesions against false positives", pro_chart(*evaluation.pro))
     return charts
 
 
@@ -69,6 +61,6 @@ def _picture(model: FittedModel, case: Case) -> Picture:
     scale = colour_scale(calibration.map_threshold if calibration else None, model.config.map_reference)
     mask = read_mask(case.masks, size=image.size) if case.masks else None
     overlay = draw_overlay(image, finding.anomaly_map, scale=scale, regions=finding.regions, mask=mask)
-    p_value = "" if finding.p_value is None else f", p = {finding.p_value:.3g}"
+    p_value = "" if finding.p_value is None else f", p = {p_text(finding.p_value)}"
     kind = case.kind or ("abnormal" if case.label else "normal")
     return Picture(f"{case.path.name} ({kind})", png_bytes(overlay), f"score {score:.5g}{p_value}")
