@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from umiad.errors import ConfigError, InputError
+from umiad.nn.precision import exact
 from umiad.types import Scores
 
 KERNEL_RADIUS = 4.0
@@ -88,8 +89,8 @@ def combine(levels: Sequence[Tensor], size: int, *, top_fraction: float = 0.03) 
         anomaly_map -= torch.expm1(each)
         product += each
     lowest = product.flatten(1).topk(count, dim=1, largest=False).values
-    image_score = math.log(count) - lowest.to(_wide(lowest)).logsumexp(dim=1)
-    return Scores(anomaly_map=anomaly_map, image_score=image_score.float())
+    image_score = math.log(count) - exact(lowest).logsumexp(dim=1)
+    return Scores(anomaly_map=anomaly_map, image_score=image_score.float().to(product.device))
 
 
 def _check_levels(levels: Sequence[Tensor], size: int) -> None:
@@ -104,11 +105,6 @@ def _top_count(pixels: int, fraction: float) -> int:
     if not 0 < fraction <= 1:
         raise ConfigError(f"top fraction {fraction}, expected above 0 and at most 1")
     return max(1, round(fraction * pixels))
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    """The widest type for sums on the device of `values`: Apple's GPUs have no float64."""
-    return torch.float32 if values.device.type == "mps" else torch.float64
 
 
 def _check_maps(maps: Tensor) -> None:
@@ -129,8 +125,9 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
         raise ConfigError(f"sigma {sigma}, expected 0 or more pixels")
     if sigma == 0:
         return maps
-    rows, columns = (_gaussian(length, sigma).to(maps.device, _wide(maps)) for length in maps.shape[1:])
-    return (rows @ maps.to(rows.dtype) @ columns.mT).to(maps.dtype)
+    wide = exact(maps)
+    rows, columns = (_gaussian(length, sigma).to(wide) for length in maps.shape[1:])
+    return (rows @ wide @ columns.mT).to(maps)
 
 
 def _gaussian(length: int, sigma: float) -> Tensor:
@@ -152,7 +149,7 @@ def top_mean(maps: Tensor, fraction: float) -> Tensor:
     _check_maps(maps)
     values = maps.flatten(1)
     highest = values.topk(_top_count(values.shape[1], fraction), dim=1).values
-    return highest.to(_wide(highest)).mean(dim=1).float()
+    return exact(highest).mean(dim=1).to(maps.device, torch.float32)
 
 
 def maximum(maps: Tensor) -> Tensor:

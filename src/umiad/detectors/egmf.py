@@ -20,6 +20,7 @@ from umiad.nn.encoder import CHANNELS, Pyramid, grid, pool, pooled_size
 from umiad.nn.flow import ConditionalFlow, position_encoding
 from umiad.nn.fusion import FUSIONS
 from umiad.nn.guidance import GUIDANCES
+from umiad.nn.precision import exact
 from umiad.scoring import LIKELIHOODS, combine
 from umiad.types import Scores
 
@@ -192,10 +193,10 @@ class EGMF:
         """
         with evaluating(self.module):
             latents = self._latents(prepared)
-            fibres = latents.f4_flow.movedim(1, -1).flatten(0, -2).double()
+            fibres = exact(latents.f4_flow).movedim(1, -1).flatten(0, -2)
             return {
                 "nats_per_dim": float(nats_per_dim(latents).mean()),
-                "var_ratio": float(fibres.var() / prepared["f4"].double().var().clamp_min(1e-12)),
+                "var_ratio": float(fibres.var() / exact(prepared["f4"]).var().clamp_min(1e-12)),
                 "min_eigenvalue": float(torch.linalg.eigvalsh(torch.cov(fibres.T)).min()),
                 "var_y": float(torch.stack([u.var() for u in latents.us]).mean()),
                 "var_yf": float(torch.stack([y.var() for y in latents.ys]).mean()),

@@ -14,6 +14,7 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
 from umiad.nn.encoder import CHANNELS, Pyramid
+from umiad.nn.precision import exact
 from umiad.scoring import maximum, smooth
 from umiad.types import Scores
 
@@ -113,7 +114,7 @@ class Padim:
 
     def collect(self, prepared: dict[str, Tensor]) -> None:
         """Add one batch to the sums of every position, in float64."""
-        fibres = prepared["features"].flatten(2).permute(2, 0, 1).double()  # [P,B,d]
+        fibres = exact(prepared["features"]).flatten(2).permute(2, 0, 1)  # [P,B,d]
         if self._sum is None or self._outer is None:
             self._sum, self._outer = fibres.sum(1), fibres.mT @ fibres
         else:
