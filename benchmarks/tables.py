@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def cell(metric: dict[str, Any]) -> str:
     return percent(metric["value"]) + (f" [{percent(low)}, {percent(high)}]" if low is not None else "")
 
 
-def results_table(results: list[dict[str, Any]]) -> str:
-    """Markdown: the paper's printed values and ours, per data set, whoever wins."""
+def results_table(results: list[dict[str, Any]], *, seed: int = 0) -> str:
+    """Markdown: the paper's printed values and ours of one seed, per data set, whoever wins."""
     lines = [
         "| data (test normal / abnormal) | method | " + " | ".join(COLUMNS) + " | epochs | commit |",
         "| --- | --- |" + " --- |" * (len(COLUMNS) + 2),
@@ -63,13 +64,33 @@ def results_table(results: list[dict[str, Any]]) -> str:
         mark = " (suspect)" if printed["suspect"] == "yes" else ""
         values = " | ".join(printed.get(name) or "-" for name in COLUMNS)
         lines.append(f"| {dataset} | the paper's UMIAD-EGMF, as printed{mark} | {values} | 100 | |")
-        for detector, preset, variant, title in ROWS:
-            wanted = (dataset, detector, preset, variant)
-            chosen = [
-                r for r in results if (r["dataset"], r["detector"], r["preset"], r["variant"]) == wanted
-            ]
-            lines += [run_row(run, title) for run in chosen]
-    return "\n".join([*lines, "", footnote(results)])
+        for row in ROWS:
+            lines += [run_row(run, row[3]) for run in select(results, dataset, row) if run["seed"] == seed]
+    return "\n".join([*lines, "", footnote(results, seed), "", *spread_lines(results)])
+
+
+def select(
+    results: list[dict[str, Any]], dataset: str, row: tuple[str, str, str, str]
+) -> list[dict[str, Any]]:
+    """The runs of one row of the table on one data set, by seed."""
+    wanted = (dataset, *row[:3])
+    found = [r for r in results if (r["dataset"], r["detector"], r["preset"], r["variant"]) == wanted]
+    return sorted(found, key=lambda run: int(run["seed"]))
+
+
+def spread_lines(results: list[dict[str, Any]]) -> Iterator[str]:
+    """Mean and range over seeds (splits and channel draws), where there are several."""
+    for row in ROWS:
+        parts = []
+        for dataset in DATASETS:
+            values = [run["metrics"]["det_auroc"]["value"] for run in select(results, dataset, row)]
+            if len(values) > 1:
+                mean = percent(sum(values) / len(values))
+                parts.append(
+                    f"{dataset} {mean} ({percent(min(values))} to {percent(max(values))}, n = {len(values)})"
+                )
+        if parts:
+            yield f"Spread over seeds, det_auroc, {row[3]}: {'; '.join(parts)}."
 
 
 def run_row(run: dict[str, Any], title: str) -> str:
@@ -80,15 +101,14 @@ def run_row(run: dict[str, Any], title: str) -> str:
     return f"| {run['dataset']} ({counts}) | {title} | {cells} | {epochs} | {run['commit']} |"
 
 
-def footnote(results: list[dict[str, Any]]) -> str:
+def footnote(results: list[dict[str, Any]], seed: int) -> str:
     """Provenance of all rows in words."""
     labels = ", ".join(sorted({run["weights"] for run in results}))
-    seeds = ", ".join(sorted({str(run["seed"]) for run in results}))
     return (
-        f"Percent, 95 % bootstrap intervals in brackets. Weights label: {labels}; seed {seeds}; 256 px; hold-out 0; "
-        "the paper's training sizes; no test image used for any choice. A dash: the set has no lesion masks, or the "
-        "paper prints none. With 10 test normals (brain_mri, head_ct) one image moves det_auroc by up to 10 points. "
-        "Suspect: [decision 1](docs/decisions/0001-what-the-paper-leaves-open.md). Made by `make tables`."
+        f"Percent, 95 % bootstrap intervals in brackets. Weights label: {labels}; seed {seed}; 256 px; hold-out 0; the "
+        "paper's training sizes; no test image used for any choice. A dash: the set has no lesion masks, or the paper "
+        "prints none. With 10 test normals (brain_mri, head_ct) one image moves det_auroc by up to 10 points. "
+        "Suspect: see [decision 1](docs/decisions/0001-what-the-paper-leaves-open.md). Made by `make tables`."
     )
 
 

@@ -44,6 +44,7 @@ class Summary:
     """
 
     folder: Path
+    model: dict[str, str | int | float | None]
     findings: list[Finding] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
@@ -55,8 +56,9 @@ class Summary:
         return sum(finding.above_threshold is True for finding in self.findings)
 
     def to_json(self) -> dict[str, object]:
-        """Counts and skipped files, as plain values."""
+        """Counts, skipped files and the model's provenance, as plain values."""
         return {
+            "model": self.model,
             "scored": len(self.findings),
             "above_threshold": self.above,
             "without_threshold": sum(finding.above_threshold is None for finding in self.findings),
@@ -87,7 +89,7 @@ def score_files(
         )
     if stray:
         reporter.note(f"{len(stray)} files are no images to score and were ignored: {stray[0].name}, ...")
-    summary = Summary(out)
+    summary = Summary(out, model.info)
     writer = _Writer(model, out, outputs)
     summary.png16_full_scale = writer.full_scale if outputs.maps == "png16" else None
     try:

@@ -57,13 +57,14 @@ class Evaluation:
     worst: tuple[Case, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Metrics, counts, provenance, notes and one row per case, as plain values."""
+        """Metrics, counts, provenance, notes, points of the curves and one row per case, as plain values."""
         cases = [vars(case) for case in self.cases]
         return {
             "metrics": self.metrics,
             "counts": self.counts,
             "provenance": self.provenance,
             "notes": list(self.notes),
+            "curves": {"roc": self.roc, "pro": self.pro},
             "cases": cases,
         }
 
