@@ -216,6 +216,9 @@ def test_a_saved_model_with_an_unknown_setting_is_a_model_file_error(model, tmp_
     )
     with pytest.raises(ModelFileError, match="unknown key 'surprise'"):
         umiad.load(tmp_path / "m")
+    modelfile.update(tmp_path / "m", config=model.config.canonical(), split={"entries": 3})
+    with pytest.raises(ModelFileError, match=r"split\.json"):
+        umiad.load(tmp_path / "m")
 
 
 def test_the_card_says_what_the_model_is_not_for(model):

@@ -19,6 +19,7 @@ from umiad.errors import InputError
 from umiad.fitting import Reporter
 from umiad.overlay import png_bytes
 from umiad.phantoms import write_phantoms
+from umiad.report import p_text
 
 MARK = "umiad-demo.json"
 
@@ -37,7 +38,7 @@ class DemoResult:
         """The end of the demonstration in words."""
         worst = sorted(self.scores, key=lambda row: -row["image_score"])
         named = [
-            f"  {Path(row['file']).name:24} score {row['image_score']:.5f}  p {row['p_value']}"
+            f"  {Path(row['file']).name:20} score {row['image_score']:.3f}  p {p_text(row['p_value'])}"
             for row in worst
         ]
         shown = ("det_auroc", "seg_auroc", "seg_aupro")

@@ -169,10 +169,11 @@ def load(path: str | os.PathLike[str]) -> FittedModel:
     saved = modelfile.load(Path(path))
     try:
         config = SavedConfig.parse(saved.config)
+        split = Split.from_json(saved.split, source="split.json")
         detector = _rebuild(config, saved.tensors)
-    except ConfigError as error:
-        raise ModelFileError(f"{path}: config.json: {error}") from error
-    return FittedModel(detector, config, Split.from_json(saved.split), extras=saved.extras)
+    except (ConfigError, InputError) as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    return FittedModel(detector, config, split, extras=saved.extras)
 
 
 def _rebuild(config: SavedConfig, tensors: Mapping[str, torch.Tensor]) -> Detector:
