@@ -126,7 +126,10 @@ def test_the_split_of_a_model_reproduces_the_fit(data, tmp_path):
     model = fit(data, tmp_path, seed=4)
     model.split.write(tmp_path / "split.json")
     detector = umiad.build("padim", preset="quick", weights="random", size=SIZE)
-    again = umiad.fit(detector, data, groups=Split.read(tmp_path / "split.json"))
+    (tmp_path / "renamed" / "normal").mkdir(parents=True)
+    for number, path in enumerate(sorted((data / "normal").iterdir())):
+        (tmp_path / "renamed" / "normal" / f"{number:05d}.png").write_bytes(path.read_bytes())
+    again = umiad.fit(detector, tmp_path / "renamed", groups=Split.read(tmp_path / "split.json"))
     assert again.split.digest == model.split.digest
     assert all(torch.equal(again.detector.state()[k], v) for k, v in model.detector.state().items())
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -91,6 +91,15 @@ class _Job:
     reporter: Reporter
 
 
+@dataclass(frozen=True)
+class _Material:
+    """The readable part of a data set, its split, and its cases by content hash."""
+
+    dataset: DataSet
+    split: Split
+    cases: Mapping[str, Case]
+
+
 def resolve_device(name: str) -> str:
     """The best device present for "auto", else `name`. Raises InputError when it is not there."""
     present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
@@ -127,10 +136,12 @@ def fit_model(
     job = _Job(detector, replace_device(options), preprocessing, reporter)
     dataset, prints = _readable(as_dataset(data), job)
     split = _split(dataset, prints, options, groups)
+    by_hash = {each.sha256: case for each, case in zip(prints, dataset.cases, strict=True)}
+    material = _Material(dataset, split, by_hash)
     if out is None:
-        return _fit(job, dataset, split, folder=None, resume=False)
+        return _fit(job, material, folder=None, resume=False)
     with WorkFolder(out, _run_facts(job, split), resume=resume) as work:
-        model = _fit(job, dataset, split, folder=work.path, resume=resume)
+        model = _fit(job, material, folder=work.path, resume=resume)
         model.save(out)
         work.remove()
     return model
@@ -206,17 +217,14 @@ def _run_facts(job: _Job, split: Split) -> dict[str, object]:
     }
 
 
-def _fit(job: _Job, dataset: DataSet, split: Split, *, folder: Path | None, resume: bool) -> FittedModel:
-    by_name = {dataset.name_of(case): case for case in dataset.cases}
-    entries = [entry for part in ("train", "holdout") for entry in split.part(part)]
-    n_train = len(split.part("train"))
-    cases = {entry.sha256: by_name[entry.name] for entry in entries}
-    keys = [entry.sha256 for entry in entries]
+def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -> FittedModel:
+    train_keys, holdout_keys = material.split.hashes("train"), material.split.hashes("holdout")
+    keys, n_train = [*train_keys, *holdout_keys], len(train_keys)
     job.detector.module.to(job.options.device)
     with FeatureCache(keys, memory_limit=job.options.memory_limit) as cache:
         cache.fill(
             job.detector,
-            _inputs(cases, job.preprocessing),
+            ((key, to_input(case_image(material.cases[key]), job.preprocessing)) for key in keys),
             progress=lambda done, total: job.reporter.stage("frozen features", done, total),
         )
         run = TrainingRun(
@@ -231,15 +239,10 @@ def _fit(job: _Job, dataset: DataSet, split: Split, *, folder: Path | None, resu
         )
         rows = train(job.detector, run, resume=resume)
         job.detector.module.to(job.options.device)
-        return _assemble(job, dataset, split, run, rows)
+        return _assemble(job, material, run, rows)
 
 
-def _inputs(cases: Mapping[str, Case], preprocessing: Preprocessing) -> Iterator[tuple[str, np.ndarray]]:
-    for key, case in cases.items():
-        yield key, to_input(case_image(case), preprocessing)
-
-
-def _assemble(job: _Job, dataset: DataSet, split: Split, run: TrainingRun, rows: list[Row]) -> FittedModel:
+def _assemble(job: _Job, material: _Material, run: TrainingRun, rows: list[Row]) -> FittedModel:
     """Calibrate on the held-out normals and put the model together."""
     held_out, fitted = _raw_scores(job.detector, run, run.holdout), _raw_scores(job.detector, run, run.train)
     calibration = None
@@ -261,9 +264,9 @@ def _assemble(job: _Job, dataset: DataSet, split: Split, run: TrainingRun, rows:
         preprocessing=job.preprocessing,
         calibration=calibration,
         map_reference=max(peak for _, peak in (held_out or fitted)),
-        provenance=_provenance(job, dataset, split, rows),
+        provenance=_provenance(job, material, rows),
     )
-    return FittedModel(job.detector, config, split, extras=_log_files(run, rows))
+    return FittedModel(job.detector, config, material.split, extras=_log_files(run, rows))
 
 
 def _raw_scores(detector: Detector, run: TrainingRun, indices: Sequence[int]) -> list[tuple[float, float]]:
@@ -277,10 +280,8 @@ def _raw_scores(detector: Detector, run: TrainingRun, indices: Sequence[int]) ->
     return found
 
 
-def _provenance(
-    job: _Job, dataset: DataSet, split: Split, rows: list[Row]
-) -> dict[str, str | int | float | None]:
-    config = job.detector.config
+def _provenance(job: _Job, material: _Material, rows: list[Row]) -> dict[str, str | int | float | None]:
+    config, dataset, split = job.detector.config, material.dataset, material.split
     return {
         "preset": config.preset,
         "weights": config.weights,
