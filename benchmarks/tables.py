@@ -135,10 +135,10 @@ def parameters_page() -> str:
 
 def replace_between(text: str, name: str, content: str) -> str:
     """Put `content` between the markers `name:start` and `name:end` of a Markdown text."""
-    pattern = re.compile(rf"(<!-- {name}:start -->\n).*?(\n<!-- {name}:end -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name}:start -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
     if not pattern.search(text):
         raise SystemExit(f"README.md: markers {name}:start and {name}:end are missing")
-    return pattern.sub(lambda match: match[1] + content + match[2], text)
+    return pattern.sub(lambda match: match[1] + content + "\n" + match[2], text)
 
 
 def main() -> None:
