@@ -1,5 +1,7 @@
 """The main job from Python, end to end on small phantoms with random weights."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -132,6 +134,13 @@ def test_the_split_of_a_model_reproduces_the_fit(data, tmp_path):
     again = umiad.fit(detector, tmp_path / "renamed", groups=Split.read(tmp_path / "split.json"))
     assert again.split.digest == model.split.digest
     assert all(torch.equal(again.detector.state()[k], v) for k, v in model.detector.state().items())
+
+
+def test_a_split_that_would_fit_abnormal_images_is_refused(data, model):
+    entries = tuple(replace(e, part="train") if e.label == 1 else e for e in model.split.entries)
+    detector = umiad.build("padim", preset="quick", weights="random", size=SIZE)
+    with pytest.raises(InputError, match="6 images of the given split are to be fitted but not normal"):
+        umiad.fit(detector, data, groups=replace(model.split, entries=entries))
 
 
 def test_a_split_of_other_data_is_refused(data, model, tmp_path):

@@ -109,6 +109,14 @@ def test_score_skips_names_and_counts_what_it_cannot_read(model, data, tmp_path)
     assert len(pictures) == 2
 
 
+def test_a_folder_of_only_unreadable_images_still_gets_its_report(model, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"not a picture")
+    result = run("score", model, tmp_path / "bad", "--out", tmp_path / "out", code=3)
+    assert "0 images scored, 1 skipped" in result.stdout
+    assert "a.png" in (tmp_path / "out" / "report.html").read_text()
+
+
 def test_evaluate_writes_metrics_with_intervals_and_a_report(model, data, tmp_path):
     out = tmp_path / "out"
     result = run("evaluate", model, data, "--out", out, "--resamples", 20)

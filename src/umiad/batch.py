@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,9 +17,8 @@ from umiad.data import list_images
 from umiad.errors import DiskError, InputError
 from umiad.fitted import FittedModel
 from umiad.fitting import Reporter, Silent
-from umiad.io import read_image
+from umiad.inputs import usable_image
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
-from umiad.preprocess import check_usable
 from umiad.report import score_page
 from umiad.types import Finding, Image
 
@@ -122,21 +121,15 @@ def _folder(path: Path) -> Path:
 def _read(files: Sequence[Path], summary: Summary) -> Iterator[Image]:
     """Decode ahead in a thread; what cannot be read goes to `summary.skipped`."""
     with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [pool.submit(_usable, file) for file in files[:READ_AHEAD]]
+        pending = [pool.submit(usable_image, file) for file in files[:READ_AHEAD]]
         for number, file in enumerate(files):
             future = pending.pop(0)
             if number + READ_AHEAD < len(files):
-                pending.append(pool.submit(_usable, files[number + READ_AHEAD]))
+                pending.append(pool.submit(usable_image, files[number + READ_AHEAD]))
             try:
                 yield future.result()
             except InputError as error:
                 summary.skipped.append((str(file), str(error)))
-
-
-def _usable(path: Path) -> Image:
-    image = read_image(path)
-    check_usable(image)
-    return image
 
 
 class _Writer:
@@ -198,6 +191,4 @@ class _Writer:
 
 def _without_map(finding: Finding) -> Finding:
     """The finding with its map replaced by an empty view of the same size, so that many stay small."""
-    from dataclasses import replace
-
     return replace(finding, anomaly_map=np.broadcast_to(np.float32(0), finding.anomaly_map.shape))

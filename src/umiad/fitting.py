@@ -23,8 +23,7 @@ from umiad.duplicates import Fingerprint, fingerprints
 from umiad.errors import InputError
 from umiad.features import MEMORY_LIMIT, FeatureCache
 from umiad.fitted import FittedModel, SavedConfig
-from umiad.inputs import iter_images
-from umiad.io import read_image
+from umiad.inputs import iter_images, usable_image
 from umiad.preprocess import check_usable, to_input
 from umiad.splits import Split, make_split
 from umiad.training import LOG, Row, TrainingRun, train
@@ -165,9 +164,10 @@ def as_dataset(data: Data) -> DataSet:
 
 def case_image(case: Case) -> Image:
     """The pixels of a case, read from its file or held in memory. Raises InputError."""
-    image = case.image if case.image is not None else read_image(case.path)
-    check_usable(image)
-    return image
+    if case.image is None:
+        return usable_image(case.path)
+    check_usable(case.image)
+    return case.image
 
 
 def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
@@ -198,6 +198,12 @@ def _split(
     groups: Mapping[str, str] | Split | None,
 ) -> Split:
     if isinstance(groups, Split):
+        fitted = groups.part("train") + groups.part("holdout")
+        if wrong := [entry.name for entry in fitted if entry.label != NORMAL]:
+            raise InputError(
+                wrong[0],
+                f"{len(wrong)} images of the given split are to be fitted but not normal, expected none",
+            )
         known = {each.sha256 for each in prints}
         if missing := [name for name in ("train", "holdout") for h in groups.hashes(name) if h not in known]:
             raise InputError(
@@ -244,7 +250,7 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
 
 def _assemble(job: _Job, material: _Material, run: TrainingRun, rows: list[Row]) -> FittedModel:
     """Calibrate on the held-out normals and put the model together."""
-    held_out, fitted = _raw_scores(job.detector, run, run.holdout), _raw_scores(job.detector, run, run.train)
+    held_out = _raw_scores(job.detector, run, run.holdout)
     calibration = None
     if held_out:
         calibration = fit_calibration(
@@ -263,7 +269,7 @@ def _assemble(job: _Job, material: _Material, run: TrainingRun, rows: list[Row])
         detector_config=job.detector.config.canonical(),
         preprocessing=job.preprocessing,
         calibration=calibration,
-        map_reference=max(peak for _, peak in (held_out or fitted)),
+        map_reference=max(peak for _, peak in held_out or _raw_scores(job.detector, run, run.train)),
         provenance=_provenance(job, material, rows),
     )
     return FittedModel(job.detector, config, material.split, extras=_log_files(run, rows))

@@ -29,9 +29,7 @@ def iter_images(source: ImageInput, *, name: str = "array") -> Iterator[Image]:
     elif isinstance(source, np.ndarray):
         yield from from_array(source, name=name)
     elif isinstance(source, (str, os.PathLike)):
-        image = read_image(Path(source))
-        check_usable(image)
-        yield image
+        yield usable_image(Path(source))
     elif isinstance(source, Sequence):
         for number, each in enumerate(source):
             if not isinstance(each, (str, os.PathLike, np.ndarray, Image)):
@@ -39,6 +37,13 @@ def iter_images(source: ImageInput, *, name: str = "array") -> Iterator[Image]:
             yield from iter_images(each, name=f"{name}[{number}]")
     else:
         raise _unusable(name, source)
+
+
+def usable_image(path: Path) -> Image:
+    """Read one image file that is large enough to score. Raises InputError."""
+    image = read_image(path)
+    check_usable(image)
+    return image
 
 
 def _unusable(name: str, value: object) -> InputError:

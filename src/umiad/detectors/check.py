@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -233,8 +233,3 @@ CHECKS: dict[str, Callable[[Make, int], None]] = {
     "frozen": _check_frozen,
     "blob": _check_blob,
 }
-
-
-def iter_checks() -> Iterator[tuple[str, Callable[[Make, int], None]]]:
-    """Name and function of each check, for a test runner that wants one test per check."""
-    yield from CHECKS.items()
