@@ -13,20 +13,20 @@ class Doubling:
         self.module = torch.nn.BatchNorm1d(1)
         self.seen = 0
 
-    def prepare(self, images):
+    def prepare(self, images, *, original_size=None):
         self.seen += len(images)
         return {"twice": images * 2, "mean": images.flatten(1).mean(1)}
 
 
 def images(count, *, seed=0):
     rng = np.random.default_rng(seed)
-    return [(f"key{k}", rng.normal(size=(3, 4, 4)).astype(np.float32)) for k in range(count)]
+    return [(f"key{k}", rng.normal(size=(3, 4, 4)).astype(np.float32), (4, 4)) for k in range(count)]
 
 
 @pytest.mark.parametrize("memory_limit", [1 << 30, 0])
 def test_rows_are_what_prepare_returned_in_memory_and_on_disk(tmp_path, memory_limit):
     pairs = images(7)
-    with FeatureCache([k for k, _ in pairs], memory_limit=memory_limit, folder=tmp_path) as cache:
+    with FeatureCache([k for k, _, _ in pairs], memory_limit=memory_limit, folder=tmp_path) as cache:
         cache.fill(Doubling(), pairs, batch_size=3)
         assert cache.on_disk == (memory_limit == 0)
         rows = cache.rows([5, 0])
@@ -38,12 +38,10 @@ def test_rows_are_what_prepare_returned_in_memory_and_on_disk(tmp_path, memory_l
 def test_equal_images_are_prepared_once():
     pairs = images(3)
     keys = ["key0", "key1", "key0", "key2", "key1"]
-    by_key = dict(pairs)
+    by_key = {item[0]: item for item in pairs}
     detector, seen = Doubling(), []
     cache = FeatureCache(keys)
-    cache.fill(
-        detector, ((k, by_key[k]) for k in keys), batch_size=2, progress=lambda n, of: seen.append((n, of))
-    )
+    cache.fill(detector, (by_key[k] for k in keys), batch_size=2, progress=lambda n, of: seen.append((n, of)))
     assert (detector.seen, cache.unique, len(cache)) == (3, 3, 5)
     assert torch.equal(cache.rows([2])["twice"], cache.rows([0])["twice"])
     assert seen[-1] == (3, 3)

@@ -25,7 +25,9 @@ def build(name="egmf", **settings):
 def cached(detector, count=6):
     images = clean_images(count, size=SIZE).numpy()
     keys = [f"image{k}" for k in range(count)]
-    return FeatureCache(keys).fill(detector, zip(keys, images, strict=True))
+    return FeatureCache(keys).fill(
+        detector, ((key, image, (SIZE, SIZE)) for key, image in zip(keys, images, strict=True))
+    )
 
 
 def run_of(detector, *, folder=None, epochs=4, on_epoch=None, cache=None):

@@ -45,7 +45,8 @@ def build(
 ) -> Detector:
     """Build an unfitted detector.
 
-    `detector` and `preset`: see `umiad detectors`. `weights` of the ResNet18 backbone: "imagenet" (cache,
+    `detector` and `preset`: see `umiad detectors`. `weights` of the backbone (ResNet18 unless
+    `settings` name another, such as {"backbone": "resnet34"}): "imagenet" (cache,
     else download), "random", a label in the cache, or a file. `size`: edge in pixels the images are stretched to,
     a multiple of 32 from 64 up. `settings` override fields of the preset, for example
     {"fusion": "none"} or {"training": {"epochs": 5}}.
@@ -53,8 +54,8 @@ def build(
     Raises ConfigError for an unknown name or value, InputError or ModelFileError for unusable weights.
     """
     check_size(size)
-    chosen = backbones.resolve(os.fspath(weights))
     overrides = dict(settings or {})
+    chosen = backbones.resolve(os.fspath(weights), backbone=str(overrides.get("backbone", "resnet18")))
     cls = detectors.detector_class(detector)
     training = {**cls.presets.get(preset, {}).get("training", {}), **overrides.pop("training", {})}
     common: dict[str, Any] = {"size": size, "seed": seed, "weights": chosen.label, **overrides}

@@ -68,13 +68,15 @@ class Preprocessing(Config):
 
     `size`: edge in pixels, the image is stretched to size x size. `colour`: "grey" takes the luminance
     and repeats it (colour gives the label away in public sets), "rgb" keeps colour. `intensity`: "full"
-    maps the stored range to 0..1, "percentile" the 1st to 99th percentile of each image.
-    `mean`, `std`: ImageNet's, per channel.
+    maps the stored range to 0..1, "percentile" the 1st to 99th percentile of each image. `equalise`: every
+    image is first reduced to that edge by area averaging and brought back up, so that file size and sharpness
+    cannot give labels away; None = off. `mean`, `std`: ImageNet's, per channel.
     """
 
     size: int = 256
     colour: Literal["grey", "rgb"] = "grey"
     intensity: Literal["full", "percentile"] = "full"
+    equalise: int | None = Field(default=None, ge=32)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
@@ -88,25 +90,34 @@ class Preprocessing(Config):
 
 
 class TrainingConfig(Config):
-    """How a detector is trained; closed-form detectors read `batch_size` only."""
+    """How a detector is trained; closed-form detectors read `batch_size` only.
+
+    `clip_norm`: largest norm of the gradient, None = no limit. `schedule` of the learning rate and its
+    `warmup_epochs`: see `umiad.schedule`.
+    """
 
     epochs: int = Field(default=100, ge=1)
     batch_size: int = Field(default=32, ge=1)
     learning_rate: float = Field(default=2e-4, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float = Field(default=2.0, gt=0)
+    clip_norm: float | None = Field(default=2.0, gt=0)
+    schedule: Literal["constant", "cosine", "linear", "steps"] = "constant"
+    warmup_epochs: int = Field(default=0, ge=0)
 
 
 class DetectorConfig(Config):
     """What every detector's configuration has; each detector adds its own fields.
 
     `size` is the input's edge in pixels, `seed` governs initial weights, permutations, channel draws and
-    the order of batches, `weights` is the label of the backbone's weights.
+    the order of batches, `backbone` is the frozen network, `weights` the label of its weights. `sigma` is
+    the standard deviation in pixels of the Gaussian that smooths the anomaly map (0 = none).
     """
 
     size: int = 256
     seed: int = Field(default=0, ge=0)
+    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
     weights: str = "random"
+    sigma: float = Field(default=0.0, ge=0)
     preset: str = "default"
     training: TrainingConfig = TrainingConfig()
 

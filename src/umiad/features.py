@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from umiad.errors import DiskError
 
@@ -21,6 +22,8 @@ MEMORY_LIMIT = 1 << 30
 """Bytes of features kept in memory by default; 99 images at 256 px of egmf's take 0.2 GB."""
 
 Progress = Callable[[int, int], None]
+Item = tuple[str, np.ndarray, tuple[int, int]]
+"""Key, network input [3,S,S], and height and width of the image it was made from."""
 
 
 class FeatureCache:
@@ -69,23 +72,24 @@ class FeatureCache:
     def fill(
         self,
         detector: Detector,
-        images: Iterable[tuple[str, np.ndarray]],
+        images: Iterable[Item],
         *,
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> FeatureCache:
-        """Prepare each distinct key once. `images` yields (key, input [3,S,S]) in any order."""
+        """Prepare each distinct key once. `images` yields (key, input [3,S,S], original (H, W)) in any order."""
         done: set[str] = set()
-        for batch in _batches((pair for pair in _first_of_each(images)), batch_size):
-            rows = torch.tensor([self._row_of[key] for key, _ in batch])
-            inputs = torch.from_numpy(np.stack([image for _, image in batch]))
-            device = next(iter(detector.module.state_dict().values())).device
-            prepared = detector.prepare(inputs.to(device))
+        device = device_of(detector.module)
+        for batch in _batches(_first_of_each(images), batch_size):
+            rows = torch.tensor([self._row_of[key] for key, _, _ in batch])
+            inputs = torch.from_numpy(np.stack([image for _, image, _ in batch]))
+            sizes = torch.tensor([size for _, _, size in batch])
+            prepared = detector.prepare(inputs.to(device), original_size=sizes.to(device))
             if not self._store:
                 self._allocate(prepared)
             for name, values in prepared.items():
                 self._store[name][rows] = values.cpu()
-            done.update(key for key, _ in batch)
+            done.update(key for key, _, _ in batch)
             if progress is not None:
                 progress(len(done), len(self._row_of))
         return self
@@ -118,20 +122,20 @@ class FeatureCache:
             self._store[name] = torch.from_numpy(mapped)
 
 
-def _first_of_each(images: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+def device_of(module: nn.Module) -> torch.device:
+    """Where the tensors of a module lie; the CPU for one that has none."""
+    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+
+
+def _first_of_each(images: Iterable[Item]) -> Iterator[Item]:
     seen: set[str] = set()
-    for key, image in images:
-        if key not in seen:
-            seen.add(key)
-            yield key, image
+    for item in images:
+        if item[0] not in seen:
+            seen.add(item[0])
+            yield item
 
 
-def _batches(pairs: Iterable[tuple[str, np.ndarray]], size: int) -> Iterator[list[tuple[str, np.ndarray]]]:
-    batch: list[tuple[str, np.ndarray]] = []
-    for pair in pairs:
-        batch.append(pair)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
+def _batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    stream = iter(items)
+    while batch := list(itertools.islice(stream, size)):
         yield batch

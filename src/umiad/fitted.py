@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,9 @@ from umiad.calibration import NO_CALIBRATION, Calibration, fit_calibration, make
 from umiad.config import Config, Preprocessing
 from umiad.detectors.contract import Detector
 from umiad.errors import ConfigError, InputError, ModelFileError
+from umiad.features import device_of
 from umiad.inputs import ImageInput, iter_images
-from umiad.preprocess import resize_map, to_input
+from umiad.preprocess import original_size, resize_map, to_input
 from umiad.splits import Split
 from umiad.types import Finding, Image, Scores
 
@@ -97,16 +98,23 @@ class FittedModel:
         """Yield (image, image_score, anomaly_map [S,S] at the model's size), a batch of 8 at a time."""
         stream = iter(images)
         while batch := list(itertools.islice(stream, BATCH_SIZE)):
+            preprocessing = self.config.preprocessing
             scores = self.score_inputs(
-                np.stack([to_input(each, self.config.preprocessing) for each in batch])
+                np.stack([to_input(each, preprocessing) for each in batch]),
+                [original_size(each, preprocessing) for each in batch],
             )
             maps, values = scores.anomaly_map.numpy(), scores.image_score.tolist()
             yield from zip(batch, values, maps, strict=True)
 
-    def score_inputs(self, inputs: np.ndarray) -> Scores:
-        """Scores of preprocessed inputs [B,3,S,S], on the CPU. One path for everything that scores."""
-        device = next(iter(self.detector.module.state_dict().values())).device
-        scores = self.detector.score(torch.from_numpy(inputs).to(device))
+    def score_inputs(self, inputs: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Scores:
+        """Scores of preprocessed inputs [B,3,S,S] of images of `sizes` (H, W), on the CPU.
+
+        One path for everything that scores.
+        """
+        device = device_of(self.detector.module)
+        scores = self.detector.score(
+            torch.from_numpy(inputs).to(device), original_size=torch.tensor(sizes).to(device)
+        )
         return Scores(scores.anomaly_map.cpu(), scores.image_score.cpu())
 
     def finding(

@@ -21,10 +21,10 @@ from umiad.data import DataSet, load_data
 from umiad.detectors.contract import Detector
 from umiad.duplicates import Fingerprint, fingerprints
 from umiad.errors import InputError
-from umiad.features import MEMORY_LIMIT, FeatureCache
+from umiad.features import MEMORY_LIMIT, FeatureCache, Item
 from umiad.fitted import FittedModel, SavedConfig
 from umiad.inputs import iter_images, usable_image
-from umiad.preprocess import check_usable, to_input
+from umiad.preprocess import check_usable, original_size, to_input
 from umiad.splits import Split, make_split
 from umiad.training import LOG, Row, TrainingRun, train
 from umiad.types import NORMAL, Case, Image
@@ -38,7 +38,7 @@ class FitOptions(Config):
 
     `holdout`: share of the training normals set aside for the threshold (0 = none). `fpr`: false-positive
     rate of the threshold. `on_error` "fail" refuses unreadable files, "skip" leaves them out and names them.
-    `memory_limit`: bytes of features kept in memory before they go to disk.
+    `equalise`: see `Preprocessing`. `memory_limit`: bytes of features kept in memory before they go to disk.
     """
 
     holdout: float = Field(default=0.2, ge=0, lt=0.9)
@@ -46,6 +46,7 @@ class FitOptions(Config):
     fpr: float = Field(default=0.05, gt=0, lt=1)
     colour: Literal["grey", "rgb"] = "grey"
     intensity: Literal["full", "percentile"] = "full"
+    equalise: int | None = Field(default=None, ge=32)
     on_error: Literal["fail", "skip"] = "fail"
     device: str = "auto"
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
@@ -130,7 +131,10 @@ def fit_model(
     if out is not None:
         modelfile.check_target(out)
     preprocessing = Preprocessing(
-        size=detector.config.size, colour=options.colour, intensity=options.intensity
+        size=detector.config.size,
+        colour=options.colour,
+        intensity=options.intensity,
+        equalise=options.equalise,
     )
     job = _Job(detector, replace_device(options), preprocessing, reporter)
     dataset, prints = _readable(as_dataset(data), job)
@@ -230,7 +234,7 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
     with FeatureCache(keys, memory_limit=job.options.memory_limit) as cache:
         cache.fill(
             job.detector,
-            ((key, to_input(case_image(material.cases[key]), job.preprocessing)) for key in keys),
+            (_item(key, material.cases[key], job.preprocessing) for key in keys),
             progress=lambda done, total: job.reporter.stage("frozen features", done, total),
         )
         run = TrainingRun(
@@ -246,6 +250,11 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
         rows = train(job.detector, run, resume=resume)
         job.detector.module.to(job.options.device)
         return _assemble(job, material, run, rows)
+
+
+def _item(key: str, case: Case, preprocessing: Preprocessing) -> Item:
+    image = case_image(case)
+    return key, to_input(image, preprocessing), original_size(image, preprocessing)
 
 
 def _assemble(job: _Job, material: _Material, run: TrainingRun, rows: list[Row]) -> FittedModel:

@@ -46,17 +46,25 @@ def check_usable(image: Image) -> None:
 def to_input(image: Image, preprocessing: Preprocessing) -> np.ndarray:
     """The network's input: image [C,H,W] in 0..1 -> float32 [3,S,S], normalised by mean and std per channel.
 
-    In this order: grey or colour, intensity, stretched to S x S (bilinear, antialiased), normalised.
-    A constant image stays constant and finite.
+    In this order: grey or colour, intensity, equalised (if asked for), stretched to S x S (bilinear,
+    antialiased), normalised. A constant image stays constant and finite.
     """
     pixels = luminance(image.pixels) if preprocessing.colour == "grey" else image.pixels
     if preprocessing.intensity == "percentile":
         pixels = _stretch(pixels)
+    if preprocessing.equalise is not None:
+        pixels = _equalised(pixels, preprocessing.equalise, preprocessing.size)
     size = (preprocessing.size, preprocessing.size)
     resized = np.stack([np.clip(_resize(channel, size), 0.0, 1.0) for channel in pixels])
     mean = np.asarray(preprocessing.mean, dtype=np.float32)[:, None, None]
     std = np.asarray(preprocessing.std, dtype=np.float32)[:, None, None]
     return (np.broadcast_to(resized, (3, *size)) - mean) / std
+
+
+def original_size(image: Image, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Height and width that a detector may know of: the image's own, or the equalised ones."""
+    edge = preprocessing.equalise
+    return image.size if edge is None else (edge, edge)
 
 
 def from_array(array: np.ndarray, *, name: str = "array") -> list[Image]:
@@ -99,6 +107,13 @@ def _resize(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h,w] -> float32 [H,W]: bilinear when enlarging, a triangle filter over the source when shrinking."""
     picture = PIL.Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32))
     return np.array(picture.resize(size[::-1], Resampling.BILINEAR))
+
+
+def _equalised(pixels: np.ndarray, edge: int, size: int) -> np.ndarray:
+    """[C,h,w] -> [C,size,size] with no more detail than edge x edge: area averages, then bicubic up."""
+    channels = [PIL.Image.fromarray(np.ascontiguousarray(each, dtype=np.float32)) for each in pixels]
+    small = [channel.resize((edge, edge), Resampling.BOX) for channel in channels]
+    return np.stack([np.array(channel.resize((size, size), Resampling.BICUBIC)) for channel in small])
 
 
 def _stretch(pixels: np.ndarray) -> np.ndarray:

@@ -21,6 +21,9 @@ from umiad.types import Scores
 KERNEL_RADIUS = 4.0
 """A Gaussian kernel ends after this many standard deviations (6e-5 of its mass is cut off)."""
 
+COMMON_SIGMA = 4.0
+"""Standard deviation in pixels of the smoothing in `common`."""
+
 PositionLikelihood = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -91,6 +94,18 @@ def combine(levels: Sequence[Tensor], size: int, *, top_fraction: float = 0.03) 
     lowest = product.flatten(1).topk(count, dim=1, largest=False).values
     image_score = math.log(count) - exact(lowest).logsumexp(dim=1)
     return Scores(anomaly_map=anomaly_map, image_score=image_score.float().to(product.device))
+
+
+def common(scores: Scores, *, smoothed: float) -> Scores:
+    """The post-processing that tables use for all detectors alike: one smoothing, one image score.
+
+    The map is smoothed until it has had a Gaussian of 4 pixels in all (`smoothed` of them in the detector's own
+    post-processing), and the image score is its maximum. Published methods differ in both, which by itself moves
+    their figures by several points. PaDiM's convention (Defard et al., 2021).
+    """
+    rest = math.sqrt(max(0.0, COMMON_SIGMA**2 - smoothed**2))
+    maps = smooth(scores.anomaly_map, rest)
+    return Scores(maps, maximum(maps))
 
 
 def _check_levels(levels: Sequence[Tensor], size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import time
 import warnings
@@ -19,6 +20,7 @@ from umiad.config import TrainingConfig
 from umiad.errors import TrainingError, UmiadError
 from umiad.features import FeatureCache
 from umiad.interrupt import Interrupt, Interrupted
+from umiad.schedule import factor
 
 if TYPE_CHECKING:
     from umiad.detectors.contract import Detector
@@ -122,7 +124,8 @@ def _fitter(lightning: Any, detector: Detector, run: TrainingRun) -> Any:
     """The one LightningModule; it is defined here because lightning is imported only when one trains."""
     from umiad.detectors.contract import CollectingDetector
 
-    frozen = {t.data_ptr() for t in detector.parts()["encoder"].state_dict().values() if t.numel()}
+    encoder = detector.parts().get("encoder", torch.nn.Module())
+    frozen = {t.data_ptr() for t in encoder.state_dict().values() if t.numel()}
 
     class Fitter(lightning.LightningModule):
         automatic_optimization = False
@@ -132,13 +135,16 @@ def _fitter(lightning: Any, detector: Detector, run: TrainingRun) -> Any:
             self.detector = detector
             self.module = detector.module
             self.losses: list[dict[str, float]] = []
+            self.base_rates: list[float] = []
 
         def configure_optimizers(self) -> Any:
             groups = detector.param_groups()
             if not groups:
                 return None
             training = run.training
-            return torch.optim.Adam(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+            adam = torch.optim.Adam(groups, lr=training.learning_rate, weight_decay=training.weight_decay)
+            self.base_rates = [group["lr"] for group in adam.param_groups]
+            return adam
 
         def training_step(self, batch: Any, step: int) -> None:
             chosen, prepared = batch
@@ -147,19 +153,28 @@ def _fitter(lightning: Any, detector: Detector, run: TrainingRun) -> Any:
                 return
             rng = torch.Generator().manual_seed(_epoch_seed(run.seed, self.current_epoch) + step)
             optimizers = self.optimizers()
+            scale = factor(run.training, self.current_epoch + step / self.trainer.num_training_batches)
+            for group, base in zip(optimizers.param_groups, self.base_rates, strict=True):
+                group["lr"] = base * scale
             for losses in detector.steps(prepared, rng):
                 _check_finite(losses, run, chosen, epoch=self.current_epoch)
                 optimizers.zero_grad()
                 self.manual_backward(losses["total"])
                 parameters = [p for group in optimizers.param_groups for p in group["params"]]
-                norm = torch.nn.utils.clip_grad_norm_(parameters, run.training.clip_norm)
+                limit = math.inf if run.training.clip_norm is None else run.training.clip_norm
+                norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
                 _check_finite({"gradient norm": norm}, run, chosen, epoch=self.current_epoch)
                 optimizers.step()
                 self.losses.append({name: float(value.detach()) for name, value in losses.items()})
 
         def on_train_end(self) -> None:
-            if isinstance(detector, CollectingDetector) and detector.info.closed_form:
-                detector.finish(torch.Generator().manual_seed(run.seed))
+            if not isinstance(detector, CollectingDetector):
+                return
+            if not detector.info.closed_form:
+                for start in range(0, len(run.train), run.training.batch_size):
+                    rows = run.cache.rows(run.train[start : start + run.training.batch_size])
+                    detector.collect({name: values.to(self.device) for name, values in rows.items()})
+            detector.finish(torch.Generator().manual_seed(run.seed))
 
         def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
             state = checkpoint["state_dict"]

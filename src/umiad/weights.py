@@ -1,4 +1,4 @@
-"""Pretrained weights of the ResNet18 backbone: from a file, the cache, or a download with a pinned hash.
+"""Pretrained weights of the backbone: from a file, the cache, or a download with a pinned hash.
 
 Labels tell what weights a result rests on: "random", "imagenet" (torchvision's published file),
 "imagenet-l4shortcut" (the same, BatchNorm folded, layer 4 without its residual branches), and
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from umiad import diskfile, tensorfile
 from umiad.config import nearest
-from umiad.errors import InputError, ModelFileError
+from umiad.errors import ConfigError, InputError, ModelFileError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 RANDOM, DAMAGED = "random", "damaged"
+BLOCKS = {"resnet18": ((2, 2, 2, 2), 1), "resnet34": ((3, 4, 6, 3), 1), "resnet50": ((3, 4, 6, 3), 4)}
+"""Backbone -> blocks per stage, and how much wider than its kernels a block's output is."""
 MAX_BYTES = 256 * diskfile.MIB
 TIMEOUT_SECONDS = 30
 SUFFIXES = (".safetensors", ".pth")
@@ -81,19 +83,32 @@ class Entry:
 
 
 def resolve(
-    source: str, *, cache: Path | None = None, download: bool = True, progress: Progress | None = None
+    source: str,
+    *,
+    backbone: str = "resnet18",
+    cache: Path | None = None,
+    download: bool = True,
+    progress: Progress | None = None,
 ) -> Weights:
     """Find weights by label ("random", "imagenet", one in the cache) or by the path of a file.
+
+    Labels in the cache are ResNet18's; another `backbone` (resnet34, resnet50) takes "random" or a .safetensors
+    file under torchvision's names.
 
     "imagenet" is downloaded once if the cache has none and `download` is True. `cache` replaces
     `cache_folder()`. A file is a .safetensors, or torchvision's published .pth, recognised by its hash.
 
     Raises:
+        ConfigError: an unknown backbone.
         InputError: no such file or label, or no network; tells the ways out.
-        ModelFileError: damaged, foreign format, or not a ResNet18.
+        ModelFileError: damaged, foreign format, or not that backbone.
     """
+    if backbone not in BLOCKS:
+        raise ConfigError(f"unknown backbone {backbone!r}{nearest(backbone, list(BLOCKS))}")
     if source == RANDOM:
         return Weights(label=RANDOM, state=None, origin="random initial weights", sha256=None)
+    if backbone != "resnet18":
+        return _read_other(Path(source), backbone)
     cached = _cached(source, cache=cache)
     if cached is None and source == IMAGENET.label:
         if not download:
@@ -183,17 +198,26 @@ def label_of(sha256: str) -> str:
 
 def resnet18_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of ResNet18's entries in torchvision's naming, without classifier and counters."""
+    return backbone_shapes("resnet18")
+
+
+def backbone_shapes(backbone: str) -> dict[str, tuple[int, ...]]:
+    """The same of "resnet18", "resnet34" or "resnet50"."""
+    blocks, expansion = BLOCKS[backbone]
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7), **_norm("bn1", 64)}
     before = 64
-    for stage, width in enumerate((64, 128, 256, 512), start=1):
-        for block in (0, 1):
-            start, inputs = f"layer{stage}.{block}", before if block == 0 else width
-            shapes |= {f"{start}.conv1.weight": (width, inputs, 3, 3), **_norm(f"{start}.bn1", width)}
-            shapes |= {f"{start}.conv2.weight": (width, width, 3, 3), **_norm(f"{start}.bn2", width)}
-            if inputs != width:
-                shapes |= {f"{start}.downsample.0.weight": (width, inputs, 1, 1)}
-                shapes |= _norm(f"{start}.downsample.1", width)
-        before = width
+    for stage, (width, count) in enumerate(zip((64, 128, 256, 512), blocks, strict=True), start=1):
+        for block in range(count):
+            start, inputs, outputs = f"layer{stage}.{block}", before, width * expansion
+            kernels = (3, 3) if expansion == 1 else (1, 3, 1)
+            widths = [inputs, *([width] * (len(kernels) - 1)), outputs]
+            for k, kernel in enumerate(kernels):
+                shapes |= {f"{start}.conv{k + 1}.weight": (widths[k + 1], widths[k], kernel, kernel)}
+                shapes |= _norm(f"{start}.bn{k + 1}", widths[k + 1])
+            if inputs != outputs:
+                shapes |= {f"{start}.downsample.0.weight": (outputs, inputs, 1, 1)}
+                shapes |= _norm(f"{start}.downsample.1", outputs)
+            before = outputs
     return shapes
 
 
@@ -245,6 +269,20 @@ def _read(path: Path, *, label: str | None = None) -> Weights:
     return Weights(label=found, state=_parse(content, source=str(path)), origin=str(path), sha256=sha256)
 
 
+def _read_other(path: Path, backbone: str) -> Weights:
+    """Read a file for a backbone that has no published weights here."""
+    if not os.path.lexists(path):
+        raise InputError(
+            path,
+            f"no such file; {backbone} takes 'random' or a .safetensors file with torchvision's names",
+            "labels such as 'imagenet' are for resnet18",
+        )
+    content = diskfile.read_regular(path, limit=MAX_BYTES)
+    state = _checked(tensorfile.from_bytes(content, source=str(path)), source=str(path), backbone=backbone)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Weights(label=label_of(sha256), state=state, origin=str(path), sha256=sha256)
+
+
 def _parse(content: bytes, *, source: str) -> dict[str, Tensor]:
     """The 100 entries from a file's bytes; unpickled only if these very bytes have the pinned hash."""
     if hashlib.sha256(content).hexdigest() == IMAGENET.sha256:
@@ -253,22 +291,22 @@ def _parse(content: bytes, *, source: str) -> dict[str, Tensor]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     else:
         state = tensorfile.from_bytes(content, source=source)
-    return _resnet18(state, source=source)
+    return _checked(state, source=source, backbone="resnet18")
 
 
-def _resnet18(state: Mapping[str, Tensor], *, source: str) -> dict[str, Tensor]:
+def _checked(state: Mapping[str, Tensor], *, source: str, backbone: str) -> dict[str, Tensor]:
     import torch
 
-    shapes = resnet18_shapes()
+    shapes, title = backbone_shapes(backbone), backbone.replace("resnet", "ResNet")
     entries = {
         name: tensor
         for name, tensor in state.items()
         if not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
     }
     if missing := [name for name in shapes if name not in entries]:
-        raise ModelFileError(f"{source}: not a ResNet18 with torchvision's names: {missing[0]!r} is missing")
+        raise ModelFileError(f"{source}: not a {title} with torchvision's names: {missing[0]!r} is missing")
     if unknown := sorted(entries.keys() - shapes.keys()):
-        raise ModelFileError(f"{source}: not a ResNet18 with torchvision's names: {unknown[0]!r} is unknown")
+        raise ModelFileError(f"{source}: not a {title} with torchvision's names: {unknown[0]!r} is unknown")
     for name, shape in shapes.items():
         tensor = entries[name]
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:

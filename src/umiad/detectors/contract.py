@@ -18,7 +18,9 @@ class DetectorInfo:
     """Facts about a detector that do not depend on its configuration.
 
     `fidelity` "paper" = the published method, "adapted" = no one-class detector in its own paper.
-    `closed_form` detectors collect statistics and finish; they have no gradients and no epochs.
+    `closed_form` detectors collect statistics and finish; they have no gradients and no epochs. `uses_seed`,
+    `uses_pixels`, `uses_size`: whether another seed, what is in the image, and the size of its file can change a
+    score; `localises`: whether the map says more than the image score.
     """
 
     name: str
@@ -29,6 +31,8 @@ class DetectorInfo:
     deterministic: bool = True
     localises: bool = True
     uses_pixels: bool = True
+    uses_size: bool = False
+    uses_seed: bool = True
     supports_resume: bool = True
 
 
@@ -37,15 +41,16 @@ class Detector(Protocol):
     """A model that is fitted on normal images only; higher scores = more anomalous, always.
 
     It never sees a path, a mask, a label, a trainer or a logger. Images are float32 [B,3,S,S], normalised,
-    S = `config.size`. `prepare` runs the frozen parts (cached once per image by `features.py`);
-    `score(images)` equals `score_prepared(prepare(images))`.
+    S = `config.size`; `original_size` int64 [B,2] are their heights and widths before they were resized (None:
+    they never were), which only detectors with `info.uses_size` look at. `prepare` runs the frozen parts (cached
+    once per image by `features.py`); `score(images)` equals `score_prepared(prepare(images))`.
     """
 
     info: ClassVar[DetectorInfo]
     config: Any  # a DetectorConfig; rebuilt from it and `state`
     module: nn.Module
 
-    def prepare(self, images: Tensor) -> dict[str, Tensor]:
+    def prepare(self, images: Tensor, *, original_size: Tensor | None = None) -> dict[str, Tensor]:
         """What the frozen parts yield for images [B,3,S,S]: tensors whose first axis is the batch."""
         ...
 
@@ -61,7 +66,7 @@ class Detector(Protocol):
         """Numbers worth watching on a batch, no gradients; "nats_per_dim" where there is a likelihood."""
         ...
 
-    def score(self, images: Tensor) -> Scores:
+    def score(self, images: Tensor, *, original_size: Tensor | None = None) -> Scores:
         """Scores of images [B,3,S,S]; raises NotFittedError before fitting, InputError on a wrong shape."""
         ...
 
@@ -70,7 +75,7 @@ class Detector(Protocol):
         ...
 
     def parts(self) -> dict[str, nn.Module]:
-        """Named parts for parameter counts."""
+        """Named parts for parameter counts; "encoder" is the frozen backbone, where there is one."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -84,7 +89,11 @@ class Detector(Protocol):
 
 @runtime_checkable
 class CollectingDetector(Detector, Protocol):
-    """A closed form: statistics are collected batch by batch, then finished."""
+    """Statistics of the normal images are collected batch by batch, then finished.
+
+    A closed form has nothing else. A detector with gradients is shown all training images once more after its
+    last epoch, for what only a trained network can tell (the reference of CFLOW's probabilities).
+    """
 
     def collect(self, prepared: dict[str, Tensor]) -> None:
         """Take one batch of prepared normal images."""

@@ -16,12 +16,12 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.aggregate import AGGREGATES
 from umiad.nn.edge import EDGES, sobel_target
-from umiad.nn.encoder import CHANNELS, Pyramid, grid, pool, pooled_size
+from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid, pool, pooled_size
 from umiad.nn.flow import ConditionalFlow, position_encoding
 from umiad.nn.fusion import FUSIONS
 from umiad.nn.guidance import GUIDANCES
 from umiad.nn.precision import exact
-from umiad.scoring import LIKELIHOODS, combine
+from umiad.scoring import LIKELIHOODS, combine, smooth
 from umiad.types import Scores
 
 PARTS: dict[str, Mapping[str, Any]] = {
@@ -52,6 +52,14 @@ class EGMFConfig(DetectorConfig):
     clamp: float = Field(default=1.9, gt=0)
     edge_weight: float = Field(default=1.0, ge=0)
     top_fraction: float = Field(default=0.03, gt=0, le=1)
+
+    @field_validator("backbone")
+    @classmethod
+    def _fitting_backbone(cls, value: str) -> str:
+        if BACKBONES[value] != CHANNELS:
+            fit = [name for name, channels in BACKBONES.items() if channels == CHANNELS]
+            raise ValueError(f"EGM, EAM and MFF are made for {CHANNELS} channels: choose {' or '.join(fit)}")
+        return value
 
     @field_validator(*PARTS)
     @classmethod
@@ -161,12 +169,12 @@ class EGMF:
 
     def __init__(self, config: EGMFConfig, backbone: Mapping[str, Tensor] | None) -> None:
         self.config = config
-        self.pyramid = Pyramid(backbone, seed=config.seed)
+        self.pyramid = Pyramid(backbone, seed=config.seed, backbone=config.backbone)
         self.network = EGMFNetwork(config)
         self.module = nn.ModuleDict({"pyramid": self.pyramid, "network": self.network})
         self.fitted = False
 
-    def prepare(self, images: Tensor) -> dict[str, Tensor]:
+    def prepare(self, images: Tensor, *, original_size: Tensor | None = None) -> dict[str, Tensor]:
         """Images [B,3,S,S] -> F1..F4 and the Sobel edges [B,1,S/8,S/8] of the grey image."""
         check_images(images, size=self.config.size)
         with torch.no_grad():
@@ -204,7 +212,7 @@ class EGMF:
                 "var_yf": float(torch.stack([y.var() for y in latents.ys]).mean()),
             }
 
-    def score(self, images: Tensor) -> Scores:
+    def score(self, images: Tensor, *, original_size: Tensor | None = None) -> Scores:
         """Scores of images [B,3,S,S]; higher = more anomalous. Raises NotFittedError, InputError."""
         check_fitted(fitted=self.fitted, name=self.info.name)
         return self.score_prepared(self.prepare(images))
@@ -215,7 +223,8 @@ class EGMF:
         with evaluating(self.module):
             likelihood = LIKELIHOODS[self.config.likelihood]
             levels = [likelihood(y, j) for y, j in _with_fusion_share(self._latents(prepared))]
-            return combine(levels, self.config.size, top_fraction=self.config.top_fraction)
+            scores = combine(levels, self.config.size, top_fraction=self.config.top_fraction)
+            return Scores(smooth(scores.anomaly_map, self.config.sigma), scores.image_score)
 
     def parts(self) -> dict[str, nn.Module]:
         """Named parts for parameter counts."""

@@ -13,7 +13,7 @@ from umiad.config import DetectorConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
-from umiad.nn.encoder import CHANNELS, Pyramid
+from umiad.nn.encoder import BACKBONES, Pyramid
 from umiad.nn.precision import exact
 from umiad.scoring import maximum, smooth
 from umiad.types import Scores
@@ -25,8 +25,7 @@ POSITIONS_AT_ONCE = 512
 class PadimConfig(DetectorConfig):
     """What the Gaussians are fitted on.
 
-    `scales` of the pyramid (1..4), number of random `channels`, `epsilon` on the covariance's diagonal,
-    `sigma` of the map's Gaussian smoothing in pixels.
+    `scales` of the pyramid (1..4), number of random `channels`, `epsilon` on the covariance's diagonal.
     """
 
     scales: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
@@ -74,12 +73,12 @@ class Padim:
 
     def __init__(self, config: PadimConfig, backbone: Mapping[str, Tensor] | None) -> None:
         self.config = config
-        total = sum(CHANNELS[k - 1] for k in config.scales)
+        total = sum(BACKBONES[config.backbone][k - 1] for k in config.scales)
         chosen = min(config.channels, total)
         edge = config.size // 2 ** (min(config.scales) + 1)
         rng = torch.Generator().manual_seed(config.seed)
         index = torch.randperm(total, generator=rng)[:chosen].sort().values
-        self.pyramid = Pyramid(backbone, seed=config.seed)
+        self.pyramid = Pyramid(backbone, seed=config.seed, backbone=config.backbone)
         self.statistics = Statistics(index, positions=edge * edge)
         self.module = nn.ModuleDict({"pyramid": self.pyramid, "statistics": self.statistics})
         self.fitted = False
@@ -87,11 +86,11 @@ class Padim:
         self._sum: Tensor | None = None
         self._outer: Tensor | None = None
 
-    def prepare(self, images: Tensor) -> dict[str, Tensor]:
+    def prepare(self, images: Tensor, *, original_size: Tensor | None = None) -> dict[str, Tensor]:
         """Images [B,3,S,S] -> the chosen channels on the finest grid, {"features": [B,d,h,w]}."""
         check_images(images, size=self.config.size)
         with torch.no_grad():
-            pyramid = self.pyramid(images)
+            pyramid = self.pyramid(images, depth=max(self.config.scales))
             maps = [pyramid[k - 1] for k in self.config.scales]
             size = max(m.shape[-2:] for m in maps)
             maps = [nn.functional.interpolate(m, size=size, mode="nearest") for m in maps]
@@ -139,7 +138,7 @@ class Padim:
         self._sum = self._outer = None
         self.fitted = True
 
-    def score(self, images: Tensor) -> Scores:
+    def score(self, images: Tensor, *, original_size: Tensor | None = None) -> Scores:
         """Scores of images [B,3,S,S]; higher = more anomalous. Raises NotFittedError, InputError."""
         check_fitted(fitted=self.fitted, name=self.info.name)
         return self.score_prepared(self.prepare(images))

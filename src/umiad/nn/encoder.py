@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,14 @@ from torch.nn import functional as F
 from umiad.errors import ModelFileError
 
 CHANNELS = (64, 128, 256, 512)
+"""Channels of F1..F4 of ResNet18, the paper's backbone."""
+BACKBONES: Mapping[str, tuple[int, ...]] = MappingProxyType(
+    {"resnet18": CHANNELS, "resnet34": CHANNELS, "resnet50": (256, 512, 1024, 2048)}
+)
+"""Name of each backbone -> channels of its F1..F4; all have the same strides."""
 _STRIDES = (4, 8, 16, 32)
 _SHOWN = 5  # problems named in one error message
+_TITLES = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50"}
 
 
 @contextmanager
@@ -36,16 +43,17 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class Pyramid(nn.Module):
-    """ResNet18 up to its last stage, frozen and always in evaluation mode: images -> (F1, F2, F3, F4).
+    """A ResNet up to its last stage, frozen and always in evaluation mode: images -> (F1, F2, F3, F4).
 
     images [B,3,S,S], float, ImageNet-normalised, S a multiple of 32 ->
-    F1 [B,64,S/4,S/4], F2 [B,128,S/8,S/8], F3 [B,256,S/16,S/16], F4 [B,512,S/32,S/32], all >= 0.
+    F1 [B,64,S/4,S/4], F2 [B,128,S/8,S/8], F3 [B,256,S/16,S/16], F4 [B,512,S/32,S/32], all >= 0. Those are
+    ResNet18's and ResNet34's `channels`; ResNet50 has four times as many (see `BACKBONES`).
 
     `state` holds weights under torchvision's names; classifier weights ("fc.*") and
     "*.num_batches_tracked" may be missing, nothing else. Without `state` the weights are random, drawn
     from `seed`. `state_dict()` has torchvision's names without the classifier.
 
-    Source: He et al., CVPR 2016, as `monai.networks.nets.resnet18`, whose output with these arguments
+    Source: He et al., CVPR 2016, as `monai.networks.nets.resnet18` (34, 50), whose output with these arguments
     equals torchvision's. Deviation: Table 2 of the paper prints F1..F4 at half these sizes; the standard
     network followed by `pool` yields the sizes its flows work on.
 
@@ -53,12 +61,14 @@ class Pyramid(nn.Module):
         ModelFileError: `state` lacks keys, has unknown ones, or has other shapes; names the first few.
     """
 
-    def __init__(self, state: Mapping[str, Tensor] | None, *, seed: int) -> None:
+    def __init__(self, state: Mapping[str, Tensor] | None, *, seed: int, backbone: str = "resnet18") -> None:
         super().__init__()
-        from monai.networks.nets import resnet18  # costs seconds: only where a pyramid is built
+        from monai.networks import nets  # costs seconds: only where a pyramid is built
 
+        self.channels = BACKBONES[backbone]
+        build = {"resnet18": nets.resnet18, "resnet34": nets.resnet34, "resnet50": nets.resnet50}[backbone]
         with seeded(seed):
-            network = resnet18(
+            network = build(
                 spatial_dims=2,
                 n_input_channels=3,
                 num_classes=1000,
@@ -68,7 +78,7 @@ class Pyramid(nn.Module):
                 bias_downsample=False,
             )
         if state is not None:
-            _fill(network, state)
+            _fill(network, state, name=backbone)
         self.conv1, self.bn1, self.act = network.conv1, network.bn1, network.act
         self.maxpool = network.maxpool
         self.layer1, self.layer2 = network.layer1, network.layer2
@@ -80,13 +90,12 @@ class Pyramid(nn.Module):
         """Stay in evaluation mode, whatever `mode` says: BatchNorm statistics are part of the weights."""
         return super().train(False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The four maps, finest first; shapes as in the class docstring."""
-        stem = self.maxpool(self.act(self.bn1(self.conv1(images))))
-        f1 = self.layer1(stem)
-        f2 = self.layer2(f1)
-        f3 = self.layer3(f2)
-        return f1, f2, f3, self.layer4(f3)
+    def forward(self, images: Tensor, *, depth: int = 4) -> tuple[Tensor, ...]:
+        """The maps F1..F_depth, finest first; shapes as in the class docstring. What lies deeper is not run."""
+        maps = [self.maxpool(self.act(self.bn1(self.conv1(images))))]
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:depth]:
+            maps.append(layer(maps[-1]))
+        return tuple(maps[1:])
 
 
 def grid(maps: Tensor) -> tuple[int, int]:
@@ -115,7 +124,7 @@ def _may_be_missing(key: str) -> bool:
     return key.startswith("fc.") or key.endswith(".num_batches_tracked")
 
 
-def _fill(network: Any, state: Mapping[str, Tensor]) -> None:
+def _fill(network: Any, state: Mapping[str, Tensor], *, name: str) -> None:
     """Copy `state` into `network` in place; every mismatch but the allowed ones is an error."""
     own: dict[str, Tensor] = network.state_dict()
     missing = [key for key in own if key not in state and not _may_be_missing(key)]
@@ -133,7 +142,7 @@ def _fill(network: Any, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ModelFileError(
-            f"weights do not fit ResNet18: {'; '.join(problems)}. Expected torchvision's resnet18 names and "
-            "shapes (only fc.* and *.num_batches_tracked may be missing); use a ResNet18 weights file"
+            f"weights do not fit {_TITLES[name]}: {'; '.join(problems)}. Expected torchvision's {name} names and "
+            f"shapes (only fc.* and *.num_batches_tracked may be missing); use a {_TITLES[name]} weights file"
         )
     network.load_state_dict(shared, strict=False)
