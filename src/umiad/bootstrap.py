@@ -36,8 +36,9 @@ from umiad.metrics import (
 Draws = dict[str, NDArray[np.float64]]
 """Metric -> its value in every resample; NaN where the resample leaves it undefined (dropped later)."""
 
-DETECTION = ("det_auroc", "det_ap", "det_sensitivity", "det_specificity")
-"""Image metrics; sensitivity and specificity at the stated image threshold."""
+ORACLE_DETECTION = ("oracle_det_precision", "oracle_det_recall")
+DETECTION = ("det_auroc", "det_ap", "det_sensitivity", "det_specificity", *ORACLE_DETECTION)
+"""Image metrics; sensitivity and specificity at the stated image threshold, `oracle` ones at the F1-best."""
 RULE = ("precision", "recall", "dice")
 """Pixel metrics at the stated map threshold."""
 PIXEL = ("seg_auroc", "seg_ap", "seg_aupro", *RULE, "oracle_f1_precision", "oracle_f1_recall", "oracle_dice")
@@ -68,7 +69,37 @@ def evaluate_scores(
     n_resamples: int = 1000,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
+    """Every metric of a test set with its interval, without the resamples: see `resample_scores`."""
+    metrics, _ = resample_scores(
+        image_scores,
+        labels,
+        groups,
+        maps,
+        masks,
+        image_threshold=image_threshold,
+        map_threshold=map_threshold,
+        n_resamples=n_resamples,
+        seed=seed,
+    )
+    return metrics
+
+
+def resample_scores(
+    image_scores: Any,
+    labels: Any,
+    groups: Sequence[str],
+    maps: Any,
+    masks: Sequence[Any] | Array | None,
+    *,
+    image_threshold: float | None = None,
+    map_threshold: float | None = None,
+    n_resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, dict[str, Any]], Draws]:
     """Every metric of a test set: name -> {"value", "ci95": [lo, hi], "n_resamples", "reason"}, fractions.
+
+    Beside them every metric's resamples (NaN where undefined). Equal labels, groups and seed give the same
+    resamples of images, so the differences of two detectors' draws are a paired bootstrap.
 
     `image_scores`, `labels` [N] (1 = abnormal), `groups` [N] (patient or near-duplicate cluster; empty = its
     own), `maps` [N,H,W] or None, `masks` one [H,W] or None per image: an abnormal image without mask is left
@@ -95,7 +126,8 @@ def evaluate_scores(
         values |= pixel_values
         draws |= pixel_draws
     without = NO_INTERVAL if n_resamples and not len(weights) else None
-    return {name: _metric(values[name], draws.get(name), without=without) for name in (*DETECTION, *PIXEL)}
+    names = (*DETECTION, *PIXEL)
+    return {name: _metric(values[name], draws.get(name), without=without) for name in names}, draws
 
 
 def count_cases(labels: Any, groups: Sequence[str]) -> dict[str, int]:
@@ -151,6 +183,10 @@ def _image_values(scores: Array, truth: NDArray[np.bool_], threshold: float | No
         "det_auroc": measure(lambda: det_auroc(scores, truth)),
         "det_ap": measure(lambda: det_ap(scores, truth)),
     }
+    at_best = _rank_draws(scores, truth, np.ones((1, len(scores))))
+    for name in ORACLE_DETECTION:
+        reason = found["det_auroc"].reason
+        found[name] = Measure(None, reason) if reason else Measure(float(at_best[name][0]))
     for name, members, kind in (
         ("det_sensitivity", truth, "abnormal"),
         ("det_specificity", ~truth, "normal"),
@@ -183,7 +219,13 @@ def _rank_draws(scores: Array, truth: NDArray[np.bool_], weights: Array) -> Draw
     starts = np.flatnonzero(np.diff(scores[order], prepend=np.inf))
     counts = [np.add.reduceat(weights[:, order] * side[order], starts, axis=1) for side in (~truth, truth)]
     negative, positive = (np.cumsum(each, axis=1) for each in counts)
-    return {"det_auroc": _auroc(negative, positive), "det_ap": _ap(negative, positive)}
+    precision, recall, _ = _best_f1(negative, positive)
+    return {
+        "det_auroc": _auroc(negative, positive),
+        "det_ap": _ap(negative, positive),
+        "oracle_det_precision": precision,
+        "oracle_det_recall": recall,
+    }
 
 
 # Pixels
@@ -286,17 +328,15 @@ def _summary(curves: Array, regions: Array) -> Draws:
     """Metrics of summed curves [R,3,T]: negatives, positives, region shares; and number of regions [R]."""
     negative, positive = curves[:, 0], curves[:, 1]
     overlap = _ratio(curves[:, 2], regions[:, None])
-    dice = _ratio(2 * positive, positive + negative + positive[:, -1:])
-    best = np.argmax(dice, axis=1, keepdims=True)
+    precision, recall, dice = _best_f1(negative, positive)
     defined = (positive[:, -1] > 0) & (negative[:, -1] > 0)
-    hits, false, top = (np.take_along_axis(each, best, axis=1)[:, 0] for each in (positive, negative, dice))
     found = {
         "seg_auroc": _auroc(negative, positive),
         "seg_ap": _ap(negative, positive),
         "seg_aupro": _area(_ratio(negative, negative[:, -1:]), overlap, FPR_LIMIT) / FPR_LIMIT,
-        "oracle_f1_precision": _ratio(hits, hits + false),
-        "oracle_f1_recall": _ratio(hits, positive[:, -1]),
-        "oracle_dice": top,
+        "oracle_f1_precision": precision,
+        "oracle_f1_recall": recall,
+        "oracle_dice": dice,
     }
     return {name: np.where(defined, each, np.nan) for name, each in found.items()}
 
@@ -312,6 +352,14 @@ def _ap(negative: Array, positive: Array) -> NDArray[np.float64]:
     steps = np.diff(positive, axis=1, prepend=0)
     precision = _ratio(positive, positive + negative, empty=0.0)  # nothing found yet: the step is 0 as well
     return _ratio((steps * precision).sum(axis=1), positive[:, -1])
+
+
+def _best_f1(negative: Array, positive: Array) -> tuple[Array, Array, Array]:
+    """Precision, recall and F1 (= Dice) [R] at each curve's own best threshold."""
+    dice = _ratio(2 * positive, positive + negative + positive[:, -1:])
+    best = np.argmax(dice, axis=1, keepdims=True)
+    hits, false, top = (np.take_along_axis(each, best, axis=1)[:, 0] for each in (positive, negative, dice))
+    return _ratio(hits, hits + false), _ratio(hits, positive[:, -1]), top
 
 
 def _area(rates: Array, heights: Array, limit: float) -> NDArray[np.float64]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from umiad.bootstrap import evaluate_scores
+from umiad.bootstrap import resample_scores
 from umiad.data import DataSet
 from umiad.duplicates import case_sha256
 from umiad.errors import InputError
@@ -17,7 +18,8 @@ from umiad.fitting import Data, Reporter, Silent, as_dataset, case_image
 from umiad.io import read_mask
 from umiad.metrics import UndefinedMetric, pro_curve, roc_points
 from umiad.preprocess import resize_mask
-from umiad.types import ABNORMAL, NORMAL, Case, Image
+from umiad.scoring import common
+from umiad.types import ABNORMAL, NORMAL, Case, Image, Scores
 
 EXAMPLES = 6
 """Abnormal and normal images each that a report shows of the best and of the worst cases."""
@@ -43,7 +45,8 @@ class Evaluation:
 
     `metrics`: name -> {"value", "ci95", "n_resamples", "reason"}, fractions; undefined = null with a reason.
     `roc` and `pro`: points (x, y) for drawing. `best`, `worst`: the cases worth looking at: abnormal ones with
-    the highest (lowest) scores, then normal ones with the lowest (highest).
+    the highest (lowest) scores, then normal ones with the lowest (highest). `draws`: every metric's resamples,
+    paired between evaluations of the same test part (see `umiad.bootstrap.resample_scores`).
     """
 
     metrics: dict[str, dict[str, Any]]
@@ -55,6 +58,7 @@ class Evaluation:
     pro: tuple[list[float], list[float]] | None = None
     best: tuple[Case, ...] = ()
     worst: tuple[Case, ...] = ()
+    draws: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
         """Metrics, counts, provenance, notes, points of the curves and one row per case, as plain values."""
@@ -69,14 +73,43 @@ class Evaluation:
         }
 
 
-@dataclass(frozen=True)
-class _Test:
-    """The test part of a data set for one model."""
+@dataclass(frozen=True, eq=False)
+class ScoredTest:
+    """The test part of a data set with what one model says about it.
+
+    `cases`, `groups`, `image_scores` [N], `maps` [N,S,S] and `masks` (bool [S,S]; None where an abnormal case has
+    none) in one order; `rule` says how the test part was found, `notes` what a reader should know.
+    """
 
     cases: tuple[Case, ...]
     groups: tuple[str, ...]
     rule: str
     notes: tuple[str, ...]
+    image_scores: np.ndarray
+    maps: np.ndarray
+    masks: list[np.ndarray | None]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """0 normal, 1 abnormal, [N]."""
+        return np.array([case.label for case in self.cases])
+
+    def common(self, *, smoothed: float) -> ScoredTest:
+        """The same under the common post-processing; `smoothed`: see `umiad.scoring.common`."""
+        parts = [
+            common(
+                Scores(
+                    torch.from_numpy(self.maps[k : k + 32]), torch.from_numpy(self.image_scores[k : k + 32])
+                ),
+                smoothed=smoothed,
+            )
+            for k in range(0, len(self.maps), 32)
+        ]
+        return replace(
+            self,
+            image_scores=torch.cat([part.image_score for part in parts]).double().numpy(),
+            maps=torch.cat([part.anomaly_map for part in parts]).numpy(),
+        )
 
 
 def evaluate_model(
@@ -94,38 +127,60 @@ def evaluate_model(
     that shaped the model (fitted, held out or calibrated on) is in the test part, or when it is empty.
     """
     reporter = reporter or Silent()
-    test = _test_part(model, as_dataset(data))
-    scores, maps, masks = _score(model, test.cases, reporter)
-    labels = np.array([case.label for case in test.cases])
+    test = score_test(model, data, reporter=reporter)
+    return judge(model, test, n_resamples=n_resamples, seed=seed, reporter=reporter)
+
+
+def score_test(model: FittedModel, data: Data, *, reporter: Reporter | None = None) -> ScoredTest:
+    """Score the test part of `data`; which that is and what is raised: see `evaluate_model`."""
+    cases, groups, rule, notes = _test_part(model, as_dataset(data))
+    scores, maps, masks = score_cases(model, cases, reporter=reporter)
+    return ScoredTest(cases, groups, rule, notes, scores, maps, masks)
+
+
+def judge(
+    model: FittedModel,
+    test: ScoredTest,
+    *,
+    n_resamples: int = 1000,
+    seed: int = 0,
+    reporter: Reporter | None = None,
+) -> Evaluation:
+    """Metrics with 95 % intervals, curves and telling cases of a scored test part."""
+    reporter = reporter or Silent()
     calibration = model.config.calibration
     reporter.stage("metrics", 0, 1)
-    metrics = evaluate_scores(
-        scores,
-        labels,
+    metrics, draws = resample_scores(
+        test.image_scores,
+        test.labels,
         list(test.groups),
-        maps,
-        masks,
+        test.maps,
+        test.masks,
         image_threshold=calibration.image_threshold if calibration else None,
         map_threshold=calibration.map_threshold if calibration else None,
         n_resamples=n_resamples,
         seed=seed,
     )
     reporter.stage("metrics", 1, 1)
-    best, worst = _examples(test.cases, scores)
+    best, worst = _examples(test.cases, test.image_scores)
     return Evaluation(
         metrics=metrics,
-        counts=_counts(test, masks),
+        counts=_counts(test),
         provenance={**model.info, "test_part": test.rule, "bootstrap_seed": seed},
         notes=test.notes,
-        cases=tuple(_results(model, test, scores, masks)),
-        roc=_roc(scores, labels, maps, masks),
-        pro=_pro(maps, masks),
+        cases=tuple(_results(model, test)),
+        roc=_roc(test.image_scores, test.labels, test.maps, test.masks),
+        pro=_pro(test.maps, test.masks),
         best=best,
         worst=worst,
+        draws=draws,
     )
 
 
-def _test_part(model: FittedModel, dataset: DataSet) -> _Test:
+def _test_part(
+    model: FittedModel, dataset: DataSet
+) -> tuple[tuple[Case, ...], tuple[str, ...], str, tuple[str, ...]]:
+    """Cases, groups, the rule that chose them, and notes."""
     labelled = [case for case in dataset.cases if case.label is not None]
     hashes = {case: case_sha256(case) for case in labelled}
     known = {entry.sha256: entry for entry in model.split.entries}
@@ -155,13 +210,14 @@ def _test_part(model: FittedModel, dataset: DataSet) -> _Test:
             f"{new} images are not in the model's split and were left out; evaluate them as a folder"
         )
     groups = tuple(entry.group if (entry := known.get(hashes[case])) else case.group for case in chosen)
-    return _Test(tuple(chosen), groups, rule, tuple(notes))
+    return tuple(chosen), groups, rule, tuple(notes)
 
 
-def _score(
-    model: FittedModel, cases: Sequence[Case], reporter: Reporter
+def score_cases(
+    model: FittedModel, cases: Sequence[Case], *, reporter: Reporter | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
     """Image scores [N], maps [N,S,S] and masks (None where an abnormal case has none)."""
+    reporter = reporter or Silent()
     size = model.config.preprocessing.size
     scores = np.empty(len(cases))
     maps = np.empty((len(cases), size, size), dtype=np.float32)
@@ -185,8 +241,8 @@ def _mask(case: Case, image: Image, size: int) -> np.ndarray | None:
     return np.zeros((size, size), dtype=bool) if case.label == NORMAL else None
 
 
-def _counts(test: _Test, masks: Sequence[np.ndarray | None]) -> dict[str, int]:
-    abnormal = [mask for case, mask in zip(test.cases, masks, strict=True) if case.label == ABNORMAL]
+def _counts(test: ScoredTest) -> dict[str, int]:
+    abnormal = [mask for case, mask in zip(test.cases, test.masks, strict=True) if case.label == ABNORMAL]
     return {
         "n_normal": len(test.cases) - len(abnormal),
         "n_abnormal": len(abnormal),
@@ -194,11 +250,10 @@ def _counts(test: _Test, masks: Sequence[np.ndarray | None]) -> dict[str, int]:
     }
 
 
-def _results(
-    model: FittedModel, test: _Test, scores: np.ndarray, masks: Sequence[np.ndarray | None]
-) -> Iterator[CaseResult]:
+def _results(model: FittedModel, test: ScoredTest) -> Iterator[CaseResult]:
     calibration = model.config.calibration
-    for case, group, score, mask in zip(test.cases, test.groups, scores.tolist(), masks, strict=True):
+    scores = test.image_scores.tolist()
+    for case, group, score, mask in zip(test.cases, test.groups, scores, test.masks, strict=True):
         yield CaseResult(
             name=case.name,
             kind=case.kind,

@@ -29,6 +29,8 @@ METRICS = {
     "det_ap": "Detection average precision",
     "det_sensitivity": "Detection sensitivity at the model's threshold",
     "det_specificity": "Detection specificity at the model's threshold",
+    "oracle_det_precision": "Detection precision at the best threshold",
+    "oracle_det_recall": "Detection recall at the best threshold",
     "seg_auroc": "Segmentation AUROC (pixels)",
     "seg_ap": "Segmentation average precision (pixels)",
     "seg_aupro": "Segmentation AUPRO (regions, false-positive rate up to 0.3)",
@@ -276,7 +278,7 @@ def _metrics_table(metrics: Mapping[str, Mapping[str, Any]], counts: Mapping[str
 
 
 def _metric_row(name: str, metric: Mapping[str, Any], counts: Mapping[str, int]) -> tuple[str, ...]:
-    abnormal = counts["n_abnormal" if name.startswith("det_") else "n_masked"]
+    abnormal = counts["n_abnormal" if name.startswith(("det_", "oracle_det_")) else "n_masked"]
     remarks = (ORACLE if name.startswith("oracle") else "", metric.get("reason"))
     ends = metric.get("ci95")
     interval = NONE if ends is None else f"{percent(ends[0])} to {percent(ends[1])}"
