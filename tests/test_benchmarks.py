@@ -3,10 +3,12 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from make import tiny_set
+from umiad.report import to_markdown
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -15,28 +17,43 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 def scripts(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import paper_protocol
+    import results_store
+    import table3
+    import table4
     import tables
 
-    monkeypatch.setattr(paper_protocol, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(tables, "RESULTS", tmp_path / "results")
-    return paper_protocol, tables
+    for module in (paper_protocol, results_store, table4):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    return SimpleNamespace(
+        protocol=paper_protocol, store=results_store, tables=tables, table3=table3, table4=table4
+    )
 
 
-def write_list(path):
+def write_list(path, *, detectors=("padim",), more=""):
+    names = json.dumps(list(detectors))
     path.write_text(
-        '[[run]]\ndetector = "padim"\npreset = "paper"\ndatasets = ["busi", "head_ct"]\nseeds = [0]\nsize = 64\n'
+        f'[[run]]\ndetectors = {names}\ndatasets = ["busi", "head_ct"]\nseeds = [0]\nsize = 64\n{more}'
     )
     return path
 
 
-def test_a_grid_runs_resumes_and_renders(scripts, tmp_path, monkeypatch, capsys):
-    protocol, tables = scripts
+def run(scripts, monkeypatch, tmp_path, *words):
+    listed = [str(tmp_path / "runs.toml"), "--data", str(tmp_path / "data"), "--weights", "random"]
+    monkeypatch.setattr(sys, "argv", ["paper_protocol.py", *listed, *words])
+    scripts.protocol.main()
+
+
+@pytest.fixture
+def result(scripts, tmp_path, monkeypatch):
+    """One padim run on phantoms under the name of busi; head_ct is not there."""
     tiny_set(tmp_path / "data" / "busi", n_normal=16, n_abnormal=4)
-    runs = write_list(tmp_path / "runs.toml")
-    words = ["paper_protocol.py", "--data", str(tmp_path / "data"), "--weights", "random", str(runs)]
-    monkeypatch.setattr(sys, "argv", words)
-    protocol.main()
-    [result] = (tmp_path / "results").glob("*.json")
+    write_list(tmp_path / "runs.toml")
+    run(scripts, monkeypatch, tmp_path)
+    [path] = (tmp_path / "results").glob("*.json")
+    return path
+
+
+def test_a_grid_runs_and_resumes(scripts, tmp_path, monkeypatch, capsys, result):
     record = json.loads(result.read_text())
     named = {
         "detector",
@@ -49,34 +66,88 @@ def test_a_grid_runs_resumes_and_renders(scripts, tmp_path, monkeypatch, capsys)
         "weights",
         "size",
         "commit",
-        "metrics",
     }
-    assert named <= record.keys()
-    assert "head_ct" in capsys.readouterr().err  # the set that is not there is named
+    assert named | {"metrics", "metrics_common", "thresholds", "cases", "equalise"} <= record.keys()
+    assert "head_ct is not there" in capsys.readouterr().err
     before = result.stat().st_mtime_ns
-    protocol.main()
+    run(scripts, monkeypatch, tmp_path)
     assert result.stat().st_mtime_ns == before
     assert "done before" in capsys.readouterr().err
-    text = tables.results_table(tables.load_results())
-    assert tables.cell(record["metrics"]["det_auroc"]) in text
-    assert "95.83" in text  # the paper's printed value stands beside
+    run(scripts, monkeypatch, tmp_path, "--dry-run")
+    assert capsys.readouterr().out.split()[0] == "done"
+
+
+def test_scores_of_every_case_are_kept_and_give_the_metrics(result):
+    from sklearn.metrics import roc_auc_score
+
+    record = json.loads(result.read_text())
+    labels = [int(digit) for digit in record["cases"]["labels"]]
+    for metrics, scores in (("metrics", "image_scores"), ("metrics_common", "image_scores_common")):
+        value = roc_auc_score(labels, record["cases"][scores])
+        assert record[metrics]["det_auroc"]["value"] == pytest.approx(value)
+    # padim's own post-processing is the common one
+    assert record["metrics"]["seg_auroc"] == record["metrics_common"]["seg_auroc"]
+
+
+def test_the_threshold_rule_lets_the_stated_share_of_fitted_normals_through(scripts):
+    scores = list(range(100))
+    limit = scripts.protocol.quantile(scores)
+    assert sum(score > limit for score in scores) <= 100 * scripts.protocol.FPR
+    assert "fitted normal" in scripts.protocol.THRESHOLD_RULE
+
+
+def test_numbers_are_traced_from_json_to_the_cell(scripts, result):
+    record = json.loads(result.read_text())
+    results = scripts.store.load_results()
+    shown = scripts.store.cell(record["metrics"]["det_auroc"])
+    assert shown in scripts.tables.results_table(results)
+    rows = scripts.table3.accuracy(results, "busi").rows
+    [own] = [row for row in rows if row[:2] == ("padim (ours)", "official")]
+    assert own[2] == shown
+    assert own[5] == scripts.store.cell(record["metrics"]["seg_aupro"])
+    page = to_markdown(scripts.table3.table3(results))
+    assert "95.83" in page  # the paper's printed value stands beside
+    assert any("CFlow (paper)" in line and "(suspect)" in line for line in page.splitlines())
+    lines = list(scripts.table3.best_lines(results))
+    assert any("highest det_auroc padim" in line for line in lines)
+
+
+def test_an_equalised_run_is_a_variant_of_its_own(scripts, tmp_path, monkeypatch, result):
+    write_list(tmp_path / "runs.toml", more='variant = "equalised"\nequalise = 32\n')
+    run(scripts, monkeypatch, tmp_path)
+    results = scripts.store.load_results()
+    assert sorted(r["variant"] for r in results) == ["equalised", "main"]
+    equalised = next(r for r in results if r["variant"] == "equalised")
+    rows = scripts.table3.accuracy(results, "busi").rows
+    [row] = [row for row in rows if row[:2] == ("padim (ours)", "official")]
+    assert scripts.store.cell(equalised["metrics"]["det_auroc"]) == row[8]
+
+
+def test_two_results_for_one_seed_are_an_error(scripts, result):
+    (result.parent / "copy.json").write_text(result.read_text())
+    with pytest.raises(SystemExit, match="two results for one seed"):
+        scripts.tables.results_table(scripts.store.load_results())
+
+
+def test_a_detector_without_a_map_has_dashes_for_pixels(scripts, result):
+    record = json.loads(result.read_text()) | {"localises": False}
+    [row] = [r for r in scripts.table3.accuracy([record], "busi").rows if r[1] == "official"]
+    assert row[4:6] == ("-", "-")
+    assert record["metrics"]["seg_auroc"]["value"] is not None
 
 
 def test_rescored_variants_share_the_fit(scripts, tmp_path):
-    protocol, _ = scripts
     data = tiny_set(tmp_path / "data", n_normal=12, n_abnormal=3)
-    run = {
+    job = scripts.protocol.DEFAULTS | {
         "detector": "egmf",
         "dataset": "busi",
         "preset": "quick",
-        "variant": "main",
         "seed": 0,
-        "holdout": 0.0,
         "size": 64,
         "settings": {"blocks": 1, "training": {"epochs": 1}},
         "rescore": {"full": {"likelihood": "full"}},
     }
-    written = protocol.execute(run, data, "random", scratch=None)
+    written = scripts.protocol.execute(job, data, "random", scratch=None)
     records = {r["variant"]: r for r in (json.loads(path.read_text()) for path in written)}
     assert records.keys() == {"main", "full"}
     assert records["main"]["log"]
@@ -85,16 +156,49 @@ def test_rescored_variants_share_the_fit(scripts, tmp_path):
 
 
 def test_undefined_cells_are_dashes_and_missing_markers_an_error(scripts):
-    _, tables = scripts
-    assert tables.cell({"value": None, "ci95": None}) == "-"
+    assert scripts.store.cell({"value": None, "ci95": None}) == "-"
+    assert scripts.store.spread([0.5]) == "-"
+    assert scripts.store.spread([0.5, 0.7]) == "60.0 (50.0 to 70.0, n = 2)"
     with pytest.raises(SystemExit, match="markers"):
-        tables.replace_between("no markers", "results", "x")
+        scripts.tables.replace_between("no markers", "results", "x")
     text = "a\n<!-- results:start -->\nold\n<!-- results:end -->\nb"
-    assert "old" not in tables.replace_between(text, "results", "new")
+    assert "old" not in scripts.tables.replace_between(text, "results", "new")
 
 
-def test_the_parameter_page_names_every_part(scripts):
-    _, tables = scripts
-    page = tables.parameters_page()
-    for part in ("encoder", "flow4", "fusion", "statistics", "14 M"):
+ROWS = [
+    {
+        "name": "egmf",
+        "parts": {
+            "encoder": {"total": 11176512, "trainable": 0},
+            "fusion": {"total": 462000, "trainable": 462000},
+        },
+        "total": 25204212,
+        "used": 25203570,
+        "trainable": 14012340,
+    }
+]
+
+
+def test_parameters_and_times_stand_beside_the_papers(scripts, tmp_path):
+    page = scripts.tables.parameters_page(ROWS)
+    for part in ("encoder", "fusion", "14 M", "25,203,570"):
         assert part in page
+    folder = tmp_path / "results"
+    folder.mkdir()
+    speed = {"detectors": {"egmf": {"ratio": 2.544}}, "threads": 2, "commit": "abc"}
+    (folder / "speed_scoring.json").write_text(json.dumps(speed))
+    table = scripts.table4.table4(ROWS)[0]
+    assert table.rows[0][:6] == ("egmf", "25.20", "25.20", "14.01", "14 (suspect)", "2.54")
+
+
+def test_speed_is_measured_for_every_named_detector(scripts, tmp_path, monkeypatch, capsys):
+    import scoring_speed
+
+    monkeypatch.setattr(scoring_speed, "TARGET", tmp_path / "speed.json")
+    monkeypatch.setattr(scoring_speed, "N_TRAIN", 4)
+    words = ["scoring_speed.py", "--detectors", "padim", "--size", "64", "--repeats", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    scoring_speed.main()
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["detectors"]["padim"]["ratio"] > 0
+    assert "times the encoder" in capsys.readouterr().out

@@ -22,7 +22,7 @@ app.add_typer(weights_app, name="weights")
 @app.command("detectors")
 @command
 def detectors(size: Size = 256, json: Json = False) -> None:
-    """List the detectors, their presets and parameter counts per part (total, trainable)."""
+    """List the detectors, their presets and parameter counts per part (total, trainable; used in scoring)."""
     from umiad.parameters import parameter_table
 
     rows = parameter_table(size=size)
@@ -37,7 +37,10 @@ def detectors(size: Size = 256, json: Json = False) -> None:
             typer.echo(
                 f"    {part:24} {counts['total']:>12,} parameters, {counts['trainable']:>12,} trainable"
             )
-        typer.echo(f"    {'all':24} {row['total']:>12,} parameters, {row['trainable']:>12,} trainable")
+        typer.echo(
+            f"    {'all':24} {row['total']:>12,} parameters, {row['trainable']:>12,} trainable, "
+            f"{row['used']:,} used in scoring"
+        )
 
 
 @weights_app.command("list")
