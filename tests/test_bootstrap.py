@@ -314,3 +314,27 @@ def test_unusable_inputs_are_refused(change, message):
 def test_a_negative_number_of_resamples_is_refused():
     with pytest.raises(ConfigError, match="n_resamples -1"):
         evaluate_scores(*study(), n_resamples=-1)
+
+
+def test_resamples_of_two_detectors_are_paired():
+    scores, labels, groups, maps, masks = study(3)
+    _, first = bootstrap.resample_scores(scores, labels, groups, maps, masks, n_resamples=50)
+    _, same = bootstrap.resample_scores(scores, labels, groups, maps, masks, n_resamples=50)
+    shifted = np.exp(scores / 10)  # another detector with the same ranking
+    _, other = bootstrap.resample_scores(shifted, labels, groups, maps, masks, n_resamples=50)
+    for name in ("det_auroc", "seg_auroc", "seg_aupro"):
+        np.testing.assert_array_equal(first[name], same[name])
+        np.testing.assert_allclose(first[name] - other[name], 0, atol=1e-12)
+
+
+def test_oracle_image_figures_are_those_of_the_f1_best_threshold():
+    from sklearn.metrics import precision_recall_curve
+
+    scores, labels, groups, *_ = study(4)
+    found = evaluate_scores(scores, labels, groups, None, None, n_resamples=10)
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    best = np.argmax(2 * precision * recall / np.maximum(precision + recall, 1e-12))
+    f1 = 2 * precision[best] * recall[best] / (precision[best] + recall[best])
+    p, r = (found[f"oracle_det_{name}"]["value"] for name in ("precision", "recall"))
+    assert 2 * p * r / (p + r) == pytest.approx(f1)
+    assert evaluate_scores([1.0, 2.0], [0, 0], ["", ""], None, None)["oracle_det_recall"]["value"] is None

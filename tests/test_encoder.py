@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from umiad.errors import ModelFileError
-from umiad.nn.encoder import CHANNELS, Pyramid, grid, pool, pooled_size, seeded
+from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid, pool, pooled_size, seeded
 
 WEIGHTS = (
     Path(__file__).resolve().parents[2]
@@ -208,3 +208,27 @@ def test_the_shared_weights_file_loads() -> None:
     assert torch.equal(pyramid.layer3[1].conv2.weight, state["layer3.1.conv2.weight"])
     maps = pyramid(torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert all(torch.isfinite(m).all() and m.std() > 0 for m in maps)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_lies_deeper_is_not_run(pyramid: Pyramid, depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    whole = pyramid(images)
+    monkeypatch.setattr(pyramid.layer4, "forward", lambda _: pytest.fail("layer 4 was run"))
+    maps = pyramid(images, depth=depth)
+    assert len(maps) == depth
+    assert all(torch.equal(first, second) for first, second in zip(maps, whole, strict=False))
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_has_its_channels_and_the_same_strides(backbone: str) -> None:
+    pyramid = Pyramid(None, seed=0, backbone=backbone)
+    assert pyramid.channels == BACKBONES[backbone]
+    maps = pyramid(torch.zeros(1, 3, 64, 64))
+    assert [m.shape[1] for m in maps] == list(BACKBONES[backbone])
+    assert [m.shape[-1] for m in maps] == [16, 8, 4, 2]
+
+
+def test_weights_of_another_backbone_are_refused_by_its_name(state: dict[str, Tensor]) -> None:
+    with pytest.raises(ModelFileError, match="weights do not fit ResNet34"):
+        Pyramid(state, seed=0, backbone="resnet34")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -8,7 +9,15 @@ from hypothesis import strategies as st
 from make import grey_array
 from umiad.config import Preprocessing
 from umiad.errors import InputError
-from umiad.preprocess import check_usable, from_array, luminance, resize_map, resize_mask, to_input
+from umiad.preprocess import (
+    check_usable,
+    from_array,
+    luminance,
+    original_size,
+    resize_map,
+    resize_mask,
+    to_input,
+)
 from umiad.types import Image
 
 EXACT = 1e-6  # float32 rounding of values in 0..1
@@ -217,3 +226,21 @@ def test_resize_mask_is_nearest() -> None:
     np.testing.assert_array_equal(resized, expected)
     np.testing.assert_array_equal(resize_mask(expected, (2, 2)), mask)
     assert resize_mask(np.zeros((5, 7), dtype=bool), (3, 9)).shape == (3, 9)
+
+
+def test_equalised_images_hold_no_detail_finer_than_the_edge() -> None:
+    rng = np.random.default_rng(0)
+    fine = Image(rng.random((1, 256, 320), dtype=np.float32), "fine")
+    preprocessing = Preprocessing(size=128, equalise=32)
+    network = to_input(fine, preprocessing)[0] * 0.229 + 0.485
+    means = np.asarray(PIL.Image.fromarray(fine.pixels[0]).resize((32, 32), PIL.Image.Resampling.BOX))
+    expected = np.asarray(PIL.Image.fromarray(means).resize((128, 128), PIL.Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(network, np.clip(expected, 0, 1), atol=1e-5)  # float32
+    plain = to_input(fine, Preprocessing(size=128))[0]
+    assert np.abs(np.diff(network)).mean() < 0.5 * np.abs(np.diff(plain)).mean() * 0.229
+
+
+def test_equalising_hides_the_size_of_the_file() -> None:
+    image = Image(np.zeros((1, 200, 300), dtype=np.float32), "wide")
+    assert original_size(image, Preprocessing()) == (200, 300)
+    assert original_size(image, Preprocessing(equalise=128)) == (128, 128)

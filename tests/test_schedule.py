@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def test_every_schedule_starts_at_one_falls_and_ends_where_it_says(schedule, end
     values = [factor(training(schedule=schedule), progress) for progress in range(101)]
     assert values[0] == 1.0
     assert values[-1] == pytest.approx(end)
-    assert all(first >= second for first, second in zip(values, values[1:], strict=False))
+    assert all(first >= second for first, second in itertools.pairwise(values))
 
 
 def test_the_cosine_is_half_way_down_at_half_time():

@@ -14,6 +14,7 @@ from umiad.errors import ConfigError, InputError
 from umiad.scoring import (
     LIKELIHOODS,
     combine,
+    common,
     full_log_likelihood,
     latent_log_likelihood,
     maximum,
@@ -21,6 +22,7 @@ from umiad.scoring import (
     smooth,
     top_mean,
 )
+from umiad.types import Scores
 
 FLOAT32 = 2e-6  # relative; a handful of float32 operations
 
@@ -250,3 +252,16 @@ def test_top_mean_does_not_depend_on_the_batch():
 def test_maps_have_three_axes_and_pixels(compute, shape):
     with pytest.raises(InputError, match=r"expected \[B,H,W\]"):
         compute(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("smoothed", [0.0, 2.0, 4.0, 6.0])
+def test_the_common_post_processing_smooths_to_four_pixels_in_all(smoothed):
+    rng = torch.Generator().manual_seed(0)
+    raw = torch.rand(2, 64, 64, generator=rng, dtype=torch.float64)
+    own = Scores(smooth(raw, smoothed), torch.tensor([5.0, 7.0]))
+    found = common(own, smoothed=smoothed)
+    expected = smooth(raw, max(4.0, smoothed))
+    middle = slice(24, 40)  # two mirrored kernels differ from one at the borders only
+    # two discrete, truncated Gaussians in a row are a Gaussian to about 1e-3 of the map's range
+    assert torch.allclose(found.anomaly_map[:, middle, middle], expected[:, middle, middle], atol=2e-3)
+    assert torch.equal(found.image_score, found.anomaly_map.amax((1, 2)))

@@ -152,3 +152,52 @@ def test_a_broken_torchvision_is_named(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", broken)
     with pytest.raises(UmiadError, match="pip uninstall torchvision"):
         import_lightning()
+
+
+class Counting:
+    """A trained detector that also collects: what it is shown after the last epoch is written down."""
+
+    def __init__(self, inner):
+        self.inner, self.collected, self.finished, self.rates = inner, [], 0, []
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def collect(self, prepared):
+        assert not self.finished
+        self.collected.append(len(prepared["f1"]))
+
+    def finish(self, rng):
+        self.finished += 1
+
+
+def test_a_trained_detector_that_collects_sees_all_images_once_more_at_the_end():
+    detector = Counting(build())
+    train(detector, run_of(detector, epochs=2))
+    assert (sum(detector.collected), detector.finished) == (5, 1)
+
+
+def test_the_schedule_governs_the_learning_rate_also_after_a_resume(tmp_path, monkeypatch):
+    seen = []
+    original = torch.optim.Adam.step
+
+    def noting(self, *rest, **named):
+        seen.append(self.param_groups[0]["lr"])
+        return original(self, *rest, **named)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noting)
+    settings = TrainingConfig(
+        epochs=4, batch_size=5, learning_rate=1e-3, schedule="linear", warmup_epochs=1, clip_norm=None
+    )
+    cache = cached(build())
+
+    def stop_after_two(row):
+        if row["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run = TrainingRun(cache, range(5), training=settings, folder=tmp_path, on_epoch=stop_after_two)
+    with pytest.raises(Interrupted):
+        train(build(), run)
+    train(build(), TrainingRun(cache, range(5), training=settings, folder=tmp_path), resume=True)
+    # one step an epoch: 0.1 of the rate, then the line 1 - 0.6 t at t = 1/4, 2/4, 3/4
+    assert seen == pytest.approx([1e-4, 8.5e-4, 7e-4, 5.5e-4])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from umiad import weights
-from umiad.errors import InputError, ModelFileError
+from umiad.errors import ConfigError, InputError, ModelFileError
 from umiad.tensorfile import to_bytes
 from umiad.weights import IMAGENET, Published
 
@@ -305,3 +305,33 @@ def test_the_real_file_has_its_label(tmp_path: Path) -> None:
     assert entry.label == "imagenet-l4shortcut" == weights.available(cache=tmp_path)
     assert entry.path.name == "imagenet-l4shortcut.safetensors"
     assert weights.resolve(entry.label, cache=tmp_path).state is not None
+
+
+@pytest.mark.parametrize(("backbone", "millions"), [("resnet34", 21_797_672), ("resnet50", 25_557_032)])
+def test_shapes_of_other_backbones(backbone: str, millions: int) -> None:
+    shapes = weights.backbone_shapes(backbone)
+    trainable = [shape for name, shape in shapes.items() if "running" not in name]
+    classifier = 513_000 if backbone == "resnet34" else 2_049_000
+    assert sum(int(torch.Size(shape).numel()) for shape in trainable) == millions - classifier
+
+
+def test_another_backbone_takes_a_file_that_fits_it(tmp_path: Path) -> None:
+    state = {name: torch.zeros(shape) for name, shape in weights.backbone_shapes("resnet34").items()}
+    path = tmp_path / "resnet34.safetensors"
+    path.write_bytes(to_bytes(state))
+    found = weights.resolve(str(path), backbone="resnet34")
+    assert found.label.startswith("file:")
+    assert found.state is not None
+    assert found.state.keys() == state.keys()
+    with pytest.raises(ModelFileError, match="not a ResNet50"):
+        weights.resolve(str(path), backbone="resnet50")
+    with pytest.raises(ModelFileError, match="not a ResNet18"):
+        weights.resolve(str(path))
+
+
+def test_another_backbone_without_a_file_says_what_it_takes(tmp_path: Path) -> None:
+    assert weights.resolve("random", backbone="resnet50", cache=tmp_path).state is None
+    with pytest.raises(InputError, match="resnet34 takes 'random' or a .safetensors file"):
+        weights.resolve("imagenet", backbone="resnet34", cache=tmp_path)
+    with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
+        weights.resolve("random", backbone="resnet19", cache=tmp_path)
