@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from umiad.charts import pro_chart, roc_chart, score_histogram, training_curves
+from umiad.charts import STYLES, pro_chart, roc_chart, score_histogram, training_curves
 
 ROWS = [{"epoch": n, "nats_per_dim": 2.0 / n, "loss": 5.0} for n in range(1, 6)]
 MONITORED = [
@@ -141,6 +142,15 @@ def test_histogram_survives_any_finite_scores(scores: list[float], label: int) -
 @pytest.mark.parametrize("scores", [[0.0, 0.0], [1e6, 1e6 + 1e-9], [5e-324, 0.0], [-3.0, -3.0]])
 def test_histogram_of_almost_equal_scores(scores: list[float]) -> None:
     assert pixels(score_histogram(scores, [0, 1], 1.0)).shape[2] == 3
+
+
+def test_twenty_four_lines_differ_and_neighbours_differ_in_colour_and_dashes() -> None:
+    assert len(set(STYLES)) == len(STYLES) == 24
+    for (colour, dashes), (next_colour, next_dashes) in itertools.pairwise(STYLES):
+        assert colour != next_colour
+        assert dashes != next_dashes
+    many = {str(n): ([0.0, 0.5, 1.0], [0.0, (n + 1) / 30, 1.0]) for n in range(12)}
+    assert has_colour(roc_chart(many, "ROC"), (139, 69, 19))
 
 
 def test_same_input_same_bytes() -> None:

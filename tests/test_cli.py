@@ -43,7 +43,17 @@ def test_help_teaches_without_torch():
     code += "r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0; print(r.output, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("False")
-    for word in ("check-data", "fit", "score", "evaluate", "calibrate", "inspect", "Exit codes", "normal/"):
+    for word in (
+        "check-data",
+        "fit",
+        "score",
+        "evaluate",
+        "calibrate",
+        "inspect",
+        "compare",
+        "Exit codes",
+        "normal/",
+    ):
         assert word in done.stdout
     assert "umiad 0." in run("--version").stdout
 
@@ -129,6 +139,58 @@ def test_evaluate_writes_metrics_with_intervals_and_a_report(model, data, tmp_pa
     assert list((out / "pictures").glob("worst-*.png"))
 
 
+COMPARE = ["--preset", "quick", "--weights", "random", "--size", "64", "--resamples", "20"]
+
+
+def test_compare_writes_a_report_and_repeating_it_loads_the_models(data, tmp_path):
+    out = tmp_path / "r"
+    said = run("compare", data, "--detectors", "padim, padim", "--out", out, *COMPARE)
+    assert "padim" in said.stdout
+    assert "report: " in said.stdout
+    assert "given more than once" in said.stderr
+    assert {"report.html", "comparison.json", "comparison.md", "pictures", "models"} <= set(os.listdir(out))
+    again = run("compare", data, "--detectors", "padim", "--out", out, *COMPARE, "--json")
+    values = json.loads(again.stdout)
+    assert values == json.loads((out / "comparison.json").read_text())
+    assert values["detectors"][0]["cost"]["origin"] == "loaded"
+    assert (
+        "score" in run("score", out / "models" / "padim", data / "abnormal", "--out", tmp_path / "s").stdout
+    )
+
+
+def test_a_comparison_with_a_failed_detector_ends_with_1(data, tmp_path, monkeypatch):
+    from umiad import comparison
+    from umiad.errors import TrainingError
+
+    def fail(*_, **__):
+        raise TrainingError("the loss is not finite")
+
+    monkeypatch.setattr(comparison, "fit_model", fail)
+    said = run("compare", data, "--detectors", "padim", "--out", tmp_path / "r", *COMPARE, code=1)
+    assert "failed: the loss is not finite" in said.stdout
+    assert "the loss is not finite" in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_an_interrupted_comparison_ends_with_130_and_says_how_to_go_on(data, tmp_path, monkeypatch):
+    from umiad import comparison
+    from umiad.interrupt import Interrupted
+
+    def stop(*_, **__):
+        raise Interrupted(signal.SIGINT, when="after epoch 1")
+
+    monkeypatch.setattr(comparison, "fit_model", stop)
+    said = run("compare", data, "--detectors", "padim", "--out", tmp_path / "r", *COMPARE, code=130)
+    assert "repeat the command to go on" in said.stderr
+    assert "--resume" not in said.stderr
+
+
+def test_fit_equalises_and_takes_another_backbone(data, tmp_path):
+    run("fit", data, "--out", tmp_path / "m", *FIT, "--equalise", 48, "--backbone", "resnet34")
+    config = json.loads(run("inspect", tmp_path / "m", "--json").stdout)["config"]
+    assert config["preprocessing"]["equalise"] == 48
+    assert config["detector_config"]["backbone"] == "resnet34"
+
+
 def test_calibrate_inspect_and_their_json(model, data, tmp_path):
     site = tiny_set(tmp_path / "set", n_normal=20, n_abnormal=0, size=80, seed=5)
     before = json.loads(run("inspect", model, "--json").stdout)["info"]
@@ -200,6 +262,10 @@ def test_doctor_answers_in_json():
         (["fit", "DATA"], 2, "--out"),
         (["fit", "DATA", "--out", "OUT", "--holdout", "2"], 2, "holdout"),
         (["nonsense"], 2, "nonsense"),
+        (["compare", "DATA", "--detectors", "padim,egmff", "--out", "OUT"], 2, "did you mean 'egmf'"),
+        (["compare", "DATA", "--detectors", " , ", "--out", "OUT"], 2, "no detector given"),
+        (["compare", "DATA", "--detectors", "padim", "--out", "OUT", "--size", "250"], 2, "nearest is 256"),
+        (["compare", "NOWHERE", "--detectors", "padim", "--out", "OUT"], 3, "NOWHERE"),
     ],
 )
 def test_errors_have_their_exit_code_and_say_what_to_do(data, tmp_path, words, code, said):

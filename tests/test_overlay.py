@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from make import blob_image, grey_array
 from umiad.errors import InputError
-from umiad.overlay import ColourScale, colour_scale, draw_overlay, png_bytes
+from umiad.overlay import ColourScale, colour_scale, draw_image, draw_overlay, png_bytes
 from umiad.types import Image, Region
 
 SCALE = colour_scale(1.0, 1.2)
@@ -206,6 +206,22 @@ def test_bar_depends_on_the_scale_only() -> None:
     other = draw_overlay(blob_image(64), np.zeros((64, 64)), scale=colour_scale(3.21, 4))[:, 2 * (256 + 8) :]
     assert not np.array_equal(bars[0], other)
     assert [label for _, label in SCALE.ticks()] == ["0.5", "1 threshold", "2"]
+
+
+def test_the_image_and_the_overlay_can_be_drawn_apart() -> None:
+    image, mask = blob_image(300, blob=True), np.zeros((300, 300), bool)
+    mask[100:140, 60:90] = True
+    anomaly_map = np.linspace(0, 2, 300 * 300, dtype=np.float32).reshape(300, 300)
+    both = draw_overlay(image, anomaly_map, scale=SCALE, mask=mask)
+    left, right = panels(both, 300)
+    assert np.array_equal(draw_image(image, mask=mask), left)
+    assert has(draw_image(image, mask=mask), GREEN).any()
+    assert not has(draw_image(image), GREEN).any()
+    alone = draw_overlay(image, anomaly_map, scale=SCALE, mask=mask, beside=False)
+    assert np.array_equal(alone[:, :300], right)
+    assert np.array_equal(alone, both[:, 308:])
+    with pytest.raises(InputError, match="mask"):
+        draw_image(image, mask=mask[1:])
 
 
 def test_inputs_stay_unchanged() -> None:

@@ -27,7 +27,11 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, GREY = (
     "#E69F00",
     "#555555",
 )
-STYLES = ((BLUE, "-"), (VERMILION, "--"), (GREEN, "-."), (PURPLE, ":"), (ORANGE, (0, (5, 1, 1, 1, 1, 1))))
+SKY, BROWN, BLACK = "#56B4E9", "#8B4513", "#000000"
+_COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BROWN, BLACK)
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (9, 2)), (0, (1, 1)), (0, (7, 2, 2, 2)))
+STYLES = tuple((_COLOURS[n % 8], _DASHES[(n + n // 8 * 3) % 8]) for n in range(24))
+"""Colour and dashes of a line by its number: neighbours differ in both, 24 lines in at least one."""
 MAX_BINS = 40
 MARKED = 30
 """Up to so many points a line shows each of them (one epoch is a dot, not an invisible line)."""

@@ -105,8 +105,9 @@ def draw_overlay(
     scale: ColourScale,
     regions: Sequence[Region] = (),
     mask: np.ndarray | None = None,
+    beside: bool = True,
 ) -> np.ndarray:
-    """The grey image | the image under the map | colour bar -> uint8 [H',W',3].
+    """The grey image | the image under the map | colour bar -> uint8 [H',W',3]; the first only with `beside`.
 
     `anomaly_map` [H,W] and `mask` bool [H,W] (ground truth) in the image's pixels. White-and-black line:
     the segmentation at the threshold, within the boxes of `regions` where any are given. Dashed green line:
@@ -126,7 +127,20 @@ def draw_overlay(
     if scale.threshold is not None:
         segmentation = _segmentation(anomaly_map, scale.threshold, regions)
         _outline(panels[1], _shape(segmentation, size), inner=(255, 255, 255), outer=(0, 0, 0))
-    return _compose(panels, scale)
+    return _compose(panels if beside else panels[1:], scale)
+
+
+def draw_image(image: Image, *, mask: np.ndarray | None = None) -> np.ndarray:
+    """The grey image, with the `mask` bool [H,W] (ground truth) as a dashed green line -> uint8 [H',W',3].
+
+    Drawn as the first panel of `draw_overlay`. Raises InputError when the mask differs in size from the image.
+    """
+    _check_sizes(image, None, mask)
+    size = _panel_size(image.size)
+    panel = np.round(np.repeat(_display(image, size)[..., None], 3, axis=2)).astype(np.uint8)
+    if mask is not None:
+        _outline(panel, _shape(mask, size), inner=_TRUTH, outer=None)
+    return panel
 
 
 def png_bytes(array: np.ndarray) -> bytes:
@@ -145,7 +159,7 @@ def png_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _check_sizes(image: Image, anomaly_map: np.ndarray, mask: np.ndarray | None) -> None:
+def _check_sizes(image: Image, anomaly_map: np.ndarray | None, mask: np.ndarray | None) -> None:
     for what, array in (("anomaly map", anomaly_map), ("mask", mask)):
         if array is not None and array.shape != image.size:
             raise InputError(
@@ -219,7 +233,7 @@ def _compose(panels: Sequence[np.ndarray], scale: ColourScale) -> np.ndarray:
     ticks = scale.ticks()
     text_width = math.ceil(max(font.getlength(label) for _, label in ticks))
     height, width = panels[0].shape[:2]
-    bar_left = 2 * (width + _GAP)
+    bar_left = len(panels) * (width + _GAP)
     total = max(height, _BAR_HEIGHT), bar_left + _BAR_WIDTH + _GAP + text_width + 2
     canvas = np.full((*total, 3), _PAPER, dtype=np.uint8)
     for number, panel in enumerate(panels):

@@ -27,12 +27,14 @@ A first session:
   umiad fit DATA --out MODEL                learn from the normal images
   umiad evaluate MODEL DATA --out REPORT    metrics with intervals on the test part
   umiad score MODEL FILES... --out RESULTS  scores, maps and pictures of new images
+  umiad compare DATA --detectors padim,egmf --out REPORT
+                                            several detectors on the same split, in one report
 
 DATA is a folder such as normal/ + abnormal/ (+ masks/), or the MVTec layout, or a .csv manifest
 (path,label,mask,patient,split). Higher scores are more anomalous; they are no probabilities.
 Research use only: umiad marks unusual regions, it makes no diagnosis.
 
-Exit codes: 0 ok, 2 usage, 3 input, 4 disk, 5 model file, 130/143 stopped by a signal.
+Exit codes: 0 ok, 1 failed, 2 usage, 3 input, 4 disk, 5 model file, 130/143 stopped by a signal.
 """
 
 app = typer.Typer(
@@ -104,6 +106,6 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-from umiad.cli import models, tools  # noqa: E402 - the commands register themselves with `app`
+from umiad.cli import compare, models, tools  # noqa: E402 - the commands register themselves with `app`
 
-__all__ = ["app", "models", "tools"]
+__all__ = ["app", "compare", "models", "tools"]

@@ -35,6 +35,20 @@ Holdout = Annotated[
 Fpr = Annotated[float, typer.Option("--fpr", help="False-positive rate that the threshold keeps.")]
 Size = Annotated[int, typer.Option("--size", help="Edge in pixels; a multiple of 32 from 64 up.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the split and of the detector.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the preset's.")]
+Weights = Annotated[
+    str, typer.Option("--weights", help="Backbone: imagenet, random, a label in the cache, or a file.")
+]
+Equalise = Annotated[
+    int | None,
+    typer.Option(
+        "--equalise",
+        min=32,
+        metavar="N",
+        help="Reduce every image to N x N by area averaging and back, so that file size and sharpness cannot "
+        "give labels away (off by default).",
+    ),
+]
 MinArea = Annotated[int, typer.Option("--min-area", min=1, help="Leave out regions below this many pixels.")]
 
 
@@ -69,17 +83,20 @@ def fit(
     detector: Annotated[str, typer.Option("--detector", help="See `umiad detectors`.")] = "egmf",
     preset: Annotated[str, typer.Option("--preset", help="default, paper or quick.")] = "default",
     size: Size = 256,
-    epochs: Annotated[int | None, typer.Option("--epochs", min=1, help="Instead of the preset's.")] = None,
+    epochs: Epochs = None,
     seed: Seed = 0,
     holdout: Holdout = 0.2,
-    weights: Annotated[
-        str, typer.Option("--weights", help="Backbone: imagenet, random, a label in the cache, or a file.")
-    ] = "imagenet",
+    weights: Weights = "imagenet",
+    backbone: Annotated[
+        Literal["resnet18", "resnet34", "resnet50"] | None,
+        typer.Option("--backbone", help="The frozen network (default: resnet18)."),
+    ] = None,
     fpr: Fpr = 0.05,
     colour: Annotated[Literal["grey", "rgb"], typer.Option(help="grey: luminance only.")] = "grey",
     intensity: Annotated[
         Literal["full", "percentile"], typer.Option(help="percentile: stretch each image's 1st..99th.")
     ] = "full",
+    equalise: Equalise = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Detector setting, e.g. fusion=none; repeatable.")
     ] = None,
@@ -110,6 +127,8 @@ def fit(
     chosen = parse_settings(settings or [])
     if epochs is not None:
         chosen["training"] = {**chosen.get("training", {}), "epochs": epochs}
+    if backbone is not None:
+        chosen["backbone"] = backbone
     built = api.build(detector, preset=preset, weights=weights, size=size, seed=seed, settings=chosen)
     options = api.FitOptions(
         holdout=holdout,
@@ -117,6 +136,7 @@ def fit(
         fpr=fpr,
         colour=colour,
         intensity=intensity,
+        equalise=equalise,
         on_error=on_error,
         device=device,
     )

@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from umiad.detectors.contract import Detector
 
 REGISTRY: dict[str, str] = {
+    "cflow": "umiad.detectors.cflow:Cflow",
     "egmf": "umiad.detectors.egmf:EGMF",
+    "fastflow": "umiad.detectors.fastflow:Fastflow",
+    "intensity": "umiad.detectors.intensity:Intensity",
+    "msflow": "umiad.detectors.msflow:MSFlow",
     "padim": "umiad.detectors.padim:Padim",
+    "patchcore": "umiad.detectors.patchcore:PatchCore",
+    "posgauss": "umiad.detectors.posgauss:PosGauss",
+    "size": "umiad.detectors.size:Size",
+    "uflow": "umiad.detectors.uflow:UFlow",
 }
 """Name -> where the class is; a new detector is one file and one line here."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -20,11 +21,12 @@ class AllInOneFlow(nn.Module):
     One FrEIA `AllInOneBlock` per entry of `subnets`: affine coupling on a split ceil(C/2) / floor(C/2), where
     the first part and the condition give log-scale (bounded by `clamp`) and shift of the second, then a learned
     scale and offset per channel, then a fixed permutation of the channels, or with `soft` a fixed rotation.
-    Everything random is drawn from `seed`. `spatial`: z is [B,C,h,w] and c [B,P,h,w], of any h and w; else z is
-    [N,C] and c [N,P], and the subnets must be linear layers. Keep it in float32 or float64.
+    Rotations of more than 512 channels take seconds to build. Everything random is drawn from `seed`. `spatial`:
+    z is [B,C,h,w] and c [B,P,h,w], of any h and w; else z is [N,C] and c [N,P], and the subnets must be linear
+    layers. Keep it in float32 or float64.
 
-    Source: FrEIA 0.2; Kingma and Dhariwal, Glow, 2018. The log-scale is clamp * tanh(0.1 * raw / clamp)-like
-    and small at the start, so an unfitted flow is near a permutation.
+    Source: FrEIA 0.2; Kingma and Dhariwal, Glow, 2018. The log-scale is clamp * tanh(0.1 * raw), small at the
+    start, so an unfitted flow is near a permutation (rotation).
     """
 
     def __init__(
@@ -41,7 +43,8 @@ class AllInOneFlow(nn.Module):
         super().__init__()
         ones = (1, 1) if spatial else ()  # FrEIA: any h, w if declared 1 x 1
         conditions = [(condition_channels, *ones)] if condition_channels else []
-        with seeded(seed):
+        with seeded(seed), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Soft permutation", category=UserWarning)
             self.blocks = nn.ModuleList(
                 AllInOneBlock(
                     [(channels, *ones)],

@@ -22,6 +22,8 @@ from umiad.errors import ConfigError
 from umiad.nn.encoder import CHANNELS, grid, seeded
 
 Fused = tuple[tuple[Tensor, ...], Tensor]
+Bound = Callable[[Tensor, float], Tensor]
+CouplingNet = Callable[[Sequence[int], Sequence[int]], nn.Module]
 
 
 def cell_index(fine: int, coarse: int) -> Tensor:
@@ -137,13 +139,25 @@ class MultiScaleFusion(nn.Module):
         return ys, self.activation.log_det(hidden, product)
 
 
+def tanh_bound(raw: Tensor, clamp: float) -> Tensor:
+    """Log-scale within -clamp .. clamp: clamp tanh(raw)."""
+    return clamp * torch.tanh(raw)
+
+
+def atan_bound(raw: Tensor, clamp: float) -> Tensor:
+    """Log-scale within about -clamp .. clamp, of slope 0.636 at 0: 0.636 clamp atan(raw / clamp) (FrEIA)."""
+    return 0.636 * clamp * torch.atan(raw / clamp)
+
+
 class CouplingFusion(nn.Module):
     """An exact alternative: each half of the channels is scaled and shifted by what the other half says.
 
     Two networks, each pool, convolution, LayerNorm (over channels and cells), ReLU, convolution, bilinear
     upsampling; the first sees the first halves of all scales and changes the second halves, the second the
     reverse. `kernel` 3 is what the paper's text says of MFF. Weights are drawn from `seed`, the last
-    convolutions are zero.
+    convolutions are zero. `net` builds other networks from the channels of the passive and of the active
+    halves; they take the passive halves of all scales and return raw log-scale and shift of the active ones,
+    [B,2*C_k,h_k,w_k] each. `bound` keeps the log-scales within `clamp`.
 
     Source: affine coupling, Dinh et al., ICLR 2017. Deviation: the paper fuses all channels at once, which
     is not invertible with these convolutions.
@@ -153,7 +167,14 @@ class CouplingFusion(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int] = CHANNELS, *, seed: int = 0, kernel: int = 3, clamp: float = 1.9
+        self,
+        channels: Sequence[int] = CHANNELS,
+        *,
+        seed: int = 0,
+        kernel: int = 3,
+        clamp: float = 1.9,
+        net: CouplingNet | None = None,
+        bound: Bound = tanh_bound,
     ) -> None:
         super().__init__()
         if min(channels) < 2:
@@ -161,9 +182,11 @@ class CouplingFusion(nn.Module):
         self.first = tuple(count // 2 for count in channels)
         self.second = tuple(count - count // 2 for count in channels)
         self.clamp = clamp
+        self.bound = bound
+        build = partial(_CouplingNet, kernel=kernel) if net is None else net
         with seeded(seed):
-            self.from_first = _CouplingNet(self.first, self.second, kernel)
-            self.from_second = _CouplingNet(self.second, self.first, kernel)
+            self.from_first = build(self.first, self.second)
+            self.from_second = build(self.second, self.first)
 
     def forward(self, us: tuple[Tensor, ...]) -> Fused:
         """(u1..u4) -> (ys, log_det [B,h_4,w_4])."""
@@ -185,7 +208,7 @@ class CouplingFusion(nn.Module):
         return [a for a, _ in parts], [b for _, b in parts]
 
     def _log_scale(self, raw: Tensor) -> Tensor:
-        return self.clamp * torch.tanh(raw)
+        return self.bound(raw, self.clamp)
 
     def _couple(self, active: list[Tensor], coefficients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         size = grid(active[-1])
