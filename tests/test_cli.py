@@ -13,6 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from make import tiny_set
+from umiad import detectors
 from umiad.cli.app import app
 
 FIT = ["--detector", "padim", "--preset", "quick", "--weights", "random", "--size", "64"]
@@ -202,10 +203,13 @@ def test_calibrate_inspect_and_their_json(model, data, tmp_path):
 
 
 def test_detectors_with_parameter_counts():
-    rows = json.loads(run("detectors", "--size", 64, "--json").stdout)
-    assert [row["name"] for row in rows] == ["egmf", "padim"]
-    assert rows[0]["parts"]["fusion"] == {"total": 462_000, "trainable": 462_000}
-    assert "trainable" in run("detectors", "--size", 64).stdout
+    rows = {row["name"]: row for row in json.loads(run("detectors", "--size", 64, "--json").stdout)}
+    assert list(rows) == detectors.names()
+    assert rows["egmf"]["parts"]["fusion"] == {"total": 462_000, "trainable": 462_000}
+    assert rows["msflow"]["trainable"] == 9_187_152  # counted independently: the project's facts say 9.19 M
+    assert rows["padim"]["used"] == 2_782_784  # conv1 to layer 3: layer 4 is not run
+    assert rows["size"]["total"] == rows["size"]["used"] == 0
+    assert "used in scoring" in run("detectors", "--size", 64).stdout
 
 
 def test_weights_and_doctor(tmp_path, monkeypatch):

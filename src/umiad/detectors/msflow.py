@@ -259,7 +259,8 @@ class MSFlow:
     Presets: "paper" = the published training (100 epochs in batches of 8, 1e-4 falling by 0.33 twice, 12 epochs
     of warm-up, norm of the undivided loss's gradient at most 2). "default" stops after 50 epochs with 6 of
     warm-up and keeps everything else, loss and clipping included: about 3.5 minutes for 100 images on two cores.
-    "quick" takes 12 epochs with 1 of warm-up at 3e-4.
+    "quick" takes 12 epochs with 1 of warm-up at 3e-4. Gradients of the undivided loss are in the thousands: the
+    limit gives all of them the length 2, so that every batch counts alike.
 
     Deviation: 256 pixels instead of 512, and ResNet18 by default instead of WideResNet50.
     Deviation: the image score s is returned as -log(1 - s) in nats, and so is the map "mul", pixel by pixel: the

@@ -172,14 +172,16 @@ class Candidate:
     def brief(self, *, seed: int, global_seed: int) -> Detector:
         """Built from `seed` and briefly fitted, both under global random states that `global_seed` decides.
 
-        Global states that this changes are noted in `disturbed`.
+        Global states that this changes are noted in `disturbed`, but for the first time of all: what is imported
+        only where it is needed may draw random numbers at its import.
         """
         key = ("brief", seed, global_seed)
         if key not in self._kept:
+            first = not any(kept[0] == "brief" for kept in self._kept)
             with world(global_seed) as before:
                 detector = self.make(seed)
                 fit_quickly(detector, self.images(FIT_IMAGES, seed=0), steps=BRIEF_STEPS)
-                self.disturbed.update(before.changed())
+                self.disturbed.update([] if first else before.changed())
             self._kept[key] = detector
         return _copy(self._kept[key])
 

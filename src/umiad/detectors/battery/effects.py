@@ -30,6 +30,7 @@ def leaves_alone(candidate: Candidate) -> None:
     detector = candidate.fitted()
     images, size = candidate.images(2, seed=2), torch.full((2, 2), candidate.size)
     before, state = {"images": images.clone(), "size": size.clone()}, copied(detector.state())
+    candidate.fitted().score(images.clone())  # what is imported only where it is needed is imported now
     for training in (True, False):
         detector.module.train(training)
         modes = [part.training for part in detector.module.modules()]
