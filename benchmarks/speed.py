@@ -24,6 +24,7 @@ import torch
 from umiad.api import FitOptions, build, fit, load
 from umiad.detectors.check import clean_images, fit_quickly
 from umiad.detectors.contract import Detector
+from umiad.nn.encoder import Pyramid
 from umiad.phantoms import write_phantoms
 
 TARGET = Path(__file__).parent / "results" / "speed_detectors.json"
@@ -50,9 +51,14 @@ def alternate(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[s
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def encoder_of(detector: Detector) -> torch.nn.Module:
+    """The detector's backbone, or ResNet18 where it has none."""
+    return detector.parts().get("encoder") or Pyramid(None, seed=0)
+
+
 def score_ratios(detector: Detector, batch: int) -> dict[str, float]:
     """Seconds of the encoder and of `score` on the same images."""
-    images, encoder = clean_images(batch, size=detector.config.size), detector.parts()["encoder"]
+    images, encoder = clean_images(batch, size=detector.config.size), encoder_of(detector)
 
     def bare() -> object:
         with torch.inference_mode():
@@ -66,7 +72,7 @@ def epoch_ratios(detector: Detector) -> dict[str, float]:
     batches = clean_images(IMAGES, size=detector.config.size).split(detector.config.training.batch_size)
     prepared = [detector.prepare(batch) for batch in batches]
     optimizer = torch.optim.Adam(detector.param_groups(), lr=detector.config.training.learning_rate)
-    rng, encoder = torch.Generator(), detector.parts()["encoder"]
+    rng, encoder = torch.Generator(), encoder_of(detector)
 
     def step(each: dict[str, torch.Tensor]) -> None:
         for losses in detector.steps(each, rng):

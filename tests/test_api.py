@@ -253,3 +253,23 @@ def test_devices():
     assert resolve_device("cpu") == "cpu"
     with pytest.raises(InputError, match="expected one of: auto, cpu"):
         resolve_device("tpu")
+
+
+def test_a_detector_without_a_backbone_needs_no_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("UMIAD_CACHE", str(tmp_path))
+    built = umiad.build("size", weights="imagenet", size=SIZE)  # neither cached nor to be had without network
+    assert built.config.weights == "random"
+
+
+def test_another_backbone_is_built_saved_and_loaded(data, tmp_path):
+    settings = {"backbone": "resnet50", "scales": [2], "channels": 8}
+    detector = umiad.build("padim", preset="quick", weights="random", size=SIZE, settings=settings)
+    model = umiad.fit(detector, data, out=tmp_path / "model")
+    assert sum(p.numel() for p in detector.parts()["encoder"].parameters()) == 25_557_032 - 2_049_000
+    pixels = image()
+    again = umiad.load(tmp_path / "model")
+    assert again.score(pixels)[0].image_score == model.score(pixels)[0].image_score
+    with pytest.raises(ConfigError, match="choose resnet18 or resnet34"):
+        umiad.build("egmf", weights="random", size=SIZE, settings={"backbone": "resnet50"})
+    with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
+        umiad.build("padim", weights="random", size=SIZE, settings={"backbone": "resnet19"})

@@ -13,6 +13,7 @@ from umiad.config import check_size
 from umiad.data import list_images
 from umiad.detectors.contract import Detector
 from umiad.duplicates import file_sha256
+from umiad.errors import InputError
 from umiad.evaluation import Evaluation, evaluate_model
 from umiad.fitted import FittedModel, load
 from umiad.fitting import Data, FitOptions, Reporter, fit_model
@@ -55,12 +56,24 @@ def build(
     """
     check_size(size)
     overrides = dict(settings or {})
-    chosen = backbones.resolve(os.fspath(weights), backbone=str(overrides.get("backbone", "resnet18")))
     cls = detectors.detector_class(detector)
+    chosen = _weights(
+        os.fspath(weights), str(overrides.get("backbone", "resnet18")), needed=cls.info.uses_backbone
+    )
     training = {**cls.presets.get(preset, {}).get("training", {}), **overrides.pop("training", {})}
     common: dict[str, Any] = {"size": size, "seed": seed, "weights": chosen.label, **overrides}
     config = detectors.preset_config(detector, preset, **common, training=training)
     return detectors.make(detector, config.canonical(), chosen.state)
+
+
+def _weights(source: str, backbone: str, *, needed: bool) -> backbones.Weights:
+    """The weights; where none are needed, those that cannot be had here are no error and nothing is downloaded."""
+    try:
+        return backbones.resolve(source, backbone=backbone, download=needed)
+    except InputError:
+        if needed:
+            raise
+        return backbones.resolve(backbones.RANDOM, backbone=backbone)
 
 
 def fit(

@@ -20,7 +20,7 @@ class DetectorInfo:
     `fidelity` "paper" = the published method, "adapted" = no one-class detector in its own paper.
     `closed_form` detectors collect statistics and finish; they have no gradients and no epochs. `uses_seed`,
     `uses_pixels`, `uses_size`: whether another seed, what is in the image, and the size of its file can change a
-    score; `localises`: whether the map says more than the image score.
+    score; `localises`: whether the map says more than the image score; `uses_backbone`: whether weights matter.
     """
 
     name: str
@@ -33,6 +33,7 @@ class DetectorInfo:
     uses_pixels: bool = True
     uses_size: bool = False
     uses_seed: bool = True
+    uses_backbone: bool = True
     supports_resume: bool = True
 
 

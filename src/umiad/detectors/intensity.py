@@ -77,6 +77,7 @@ class Intensity:
         fidelity="adapted",
         closed_form=True,
         uses_seed=False,
+        uses_backbone=False,
         supports_resume=False,
     )
     Config = IntensityConfig

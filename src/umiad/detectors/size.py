@@ -84,6 +84,7 @@ class Size:
         uses_pixels=False,
         uses_size=True,
         uses_seed=False,
+        uses_backbone=False,
         supports_resume=False,
     )
     Config = SizeConfig
