@@ -155,6 +155,26 @@ def test_rescored_variants_share_the_fit(scripts, tmp_path):
     assert records["full"]["config"]["likelihood"] == "full"
 
 
+def test_a_lead_is_judged_in_pairs(scripts, result):
+    record = json.loads(result.read_text())
+    labels = [int(digit) for digit in record["cases"]["labels"]]
+    perfect, reverse = ([sign * label + 0.001 * k for k, label in enumerate(labels)] for sign in (1.0, -1.0))
+    runs = []
+    for name, value, scores in (("padim", 1.0, perfect), ("posgauss", 0.0, reverse)):
+        metrics = record["metrics"] | {"det_auroc": {"value": value, "ci95": None}}
+        cases = record["cases"] | {"image_scores": scores, "image_scores_common": scores}
+        runs.append(
+            record | {"detector": name, "metrics": metrics, "metrics_common": metrics, "cases": cases}
+        )
+    line = next(iter(scripts.table3.best_lines(runs)))
+    assert "padim 100.0 (next posgauss; paired difference 100.0 to 100.0: ahead)" in line
+    runs[1] = runs[0] | {"detector": "posgauss"}
+    assert "no difference shown" in next(iter(scripts.table3.best_lines(runs)))
+    runs[1] |= {"split_digest": "other"}
+    with pytest.raises(SystemExit, match="different test images"):
+        list(scripts.table3.best_lines(runs))
+
+
 def test_undefined_cells_are_dashes_and_missing_markers_an_error(scripts):
     assert scripts.store.cell({"value": None, "ci95": None}) == "-"
     assert scripts.store.spread([0.5]) == "-"
