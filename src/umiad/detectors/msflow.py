@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -20,6 +19,7 @@ from umiad.nn.coupling import AllInOneFlow
 from umiad.nn.encoder import Pyramid, grid, pool, pooled_size, seeded
 from umiad.nn.flow import position_encoding
 from umiad.nn.fusion import CouplingFusion, atan_bound, cell_mean
+from umiad.nn.latents import Latents, energy, nats_per_dim
 from umiad.nn.precision import exact
 from umiad.scoring import latent_log_likelihood, smooth
 from umiad.types import Scores
@@ -105,26 +105,6 @@ class MSFlowConfig(DetectorConfig):
         if value not in known:
             raise ValueError(f"unknown name{nearest(value, known)}")
         return value
-
-
-@dataclass(frozen=True, eq=False)
-class Latents:
-    """One forward pass: u [B,C_k,h_k,w_k] per level, finest first, and the log_det [B] of the whole network."""
-
-    us: tuple[Tensor, ...]
-    log_det: Tensor
-
-
-def energy(latents: Latents) -> Tensor:
-    """0.5 sum u^2 - log_det, [B] in nats: the negative log-likelihood without 0.5 D ln(2 pi)."""
-    squares = torch.stack([0.5 * u.square().flatten(1).sum(1) for u in latents.us]).sum(0)
-    return squares - latents.log_det
-
-
-def nats_per_dim(latents: Latents) -> Tensor:
-    """Negative log-likelihood of the pooled features in nats per dimension, [B]."""
-    dimensions = sum(u[0].numel() for u in latents.us)
-    return energy(latents) / dimensions + 0.5 * math.log(2 * math.pi)
 
 
 def normalised_convolutions(inputs: int, outputs: int) -> nn.Module:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +16,7 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.errors import ConfigError
 from umiad.nn.coupling import AllInOneFlow, convolutions
 from umiad.nn.encoder import Pyramid
+from umiad.nn.latents import Latents, energy, nats_per_dim
 from umiad.nn.precision import exact
 from umiad.scoring import latent_log_likelihood, smooth
 from umiad.types import Scores
@@ -80,26 +79,6 @@ class UFlowConfig(DetectorConfig):
         if value not in NORMS:
             raise ValueError(f"unknown name{nearest(value, list(NORMS))}")
         return value
-
-
-@dataclass(frozen=True, eq=False)
-class Latents:
-    """One forward pass: latents u [B,D_k,h_k,w_k] per level, finest first, and the log_det [B] of the whole U."""
-
-    us: tuple[Tensor, ...]
-    log_det: Tensor
-
-
-def energy(latents: Latents) -> Tensor:
-    """0.5 sum u^2 - log_det, [B] in nats: the negative log-likelihood without 0.5 D ln(2 pi)."""
-    squares = torch.stack([0.5 * u.square().flatten(1).sum(1) for u in latents.us]).sum(0)
-    return squares - latents.log_det
-
-
-def nats_per_dim(latents: Latents) -> Tensor:
-    """Negative log-likelihood of the features as they enter the flow, in nats per dimension, [B]."""
-    dimensions = sum(u[0].numel() for u in latents.us)
-    return energy(latents) / dimensions + 0.5 * math.log(2 * math.pi)
 
 
 class UFlowNetwork(nn.Module):
