@@ -31,6 +31,14 @@ def table4(rows: list[dict[str, Any]] | None = None) -> list[Block]:
                 f"{paper['ms_per_image']}" if paper else "-",
             )
         )
+    ours = {PAPER_NAMES[row[0]] for row in lines if row[0] in PAPER_NAMES}
+    for method, paper in printed.items():
+        if method not in ours:
+            mark = " (suspect)" if paper["suspect"] == "yes" else ""
+            figures = f"{paper['params_million']}{mark}"
+            lines.append(
+                (f"{method}, not built yet", "-", "-", "-", figures, "-", "-", paper["ms_per_image"])
+            )
     header = (
         "detector",
         "total (M)",
