@@ -39,6 +39,7 @@ RULES = (
     ("oracle pixel recall", "oracle_f1_recall"),
     ("oracle pixel precision", "oracle_f1_precision"),
 )
+POSGAUSS = "posgauss's design (layer 3 alone) came from earlier probes that had seen these sets (decision 4)."
 NO_MAP = ("seg_auroc", "seg_ap", "seg_aupro")
 SEED = 0
 
@@ -149,8 +150,8 @@ def departures(results: Sequence[Result]) -> Text:
         "What all our rows share",
         [
             f"Backbone weights: {labels}; {sizes}; hold-out 0; the paper's training sizes; near-duplicates kept on one "
-            "side of the split; greyscale; one set of features for all; last epoch; no test image used for any choice. "
-            f"Threads: {threads}; "
+            "side of the split; greyscale; one set of features for all; last epoch; no test image used for any choice, "
+            f"except that {POSGAUSS} Threads: {threads}; "
             "another number adds floats in another order, and hundreds of training steps amplify that.",
             "Post-processing 'official' is each method's own; 'common' smooths every map to 4 pixels in all and takes "
             "its maximum as the image score. det_auroc_equalised: every image reduced to 128 px by area averaging and "
