@@ -428,7 +428,7 @@ def test_a_detector_that_does_not_localise_has_no_pixel_metric_and_no_overlay(da
     ],
 )
 def test_what_cannot_be_built_is_refused_before_anything_is_read(monkeypatch, names, change, said):
-    monkeypatch.setattr(comparison, "fingerprints", lambda *_, **__: pytest.fail("images were read"))
+    monkeypatch.setattr(comparison, "split_data", lambda *_, **__: pytest.fail("images were read"))
     with pytest.raises(ConfigError, match=said):
         compare(names, "nowhere", options=QUICK.model_copy(update=change))
 

@@ -116,6 +116,37 @@ def pro_chart(fpr: Sequence[float], pro: Sequence[float], *, limit: float = 0.3)
     return _png(figure)
 
 
+def heat_chart(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    *,
+    low: float = 0.0,
+) -> bytes:
+    """Draw a table of fractions [rows][columns] as coloured cells with their numbers in percent -> PNG.
+
+    Colours run from `low` (and below) to 1, light = high; None is a grey cell with a dash.
+    """
+    import numpy as np
+
+    table = np.array([[math.nan if v is None else v for v in row] for row in values], dtype=float)
+    if not table.size:
+        return _placeholder("no result", WIDE)
+    figure = _figure((1.6 + 0.09 * max(map(len, rows)) + 0.72 * len(columns), 1.4 + 0.36 * len(rows)))
+    axes = figure.subplots()
+    axes.set_facecolor("#dddddd")
+    axes.imshow(np.ma.masked_invalid(table), cmap="cividis", vmin=low, vmax=1.0, aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        text = "-" if math.isnan(value) else f"{100 * value:.0f}"
+        dark = value < low + 0.5 * (1.0 - low)
+        axes.text(column, row, text, ha="center", va="center", color="white" if dark else "black", fontsize=9)
+    axes.set_title(title, parse_math=False)
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right", parse_math=False)
+    axes.set_yticks(range(len(rows)), rows, parse_math=False)
+    return _png(figure)
+
+
 def score_histogram(
     scores: Sequence[float], labels: Sequence[int | bool], threshold: float | None = None
 ) -> bytes:

@@ -20,16 +20,24 @@ from umiad.config import Preprocessing, check_size
 from umiad.data import DataSet
 from umiad.detectors.contract import Detector
 from umiad.diskfile import read_regular, write_atomic
-from umiad.duplicates import fingerprints
 from umiad.errors import ConfigError, InputError, ModelFileError, TrainingError
 from umiad.evaluation import Evaluation, ScoredTest, judge, score_test
 from umiad.fitted import FittedModel, load
-from umiad.fitting import Data, Reporter, Silent, as_dataset, case_image, fit_model, resolve_device
+from umiad.fitting import (
+    Data,
+    Reporter,
+    Silent,
+    as_dataset,
+    case_image,
+    fit_model,
+    resolve_device,
+    split_data,
+)
 from umiad.nn.encoder import Pyramid
 from umiad.overlay import colour_scale
 from umiad.parameters import count
 from umiad.preprocess import original_size, to_input
-from umiad.splits import Split, make_split
+from umiad.splits import Split
 from umiad.strictjson import dump_bytes, load_object
 from umiad.training import LOG, Row
 from umiad.workfolder import RUN, WorkFolder
@@ -141,13 +149,7 @@ def _repeated(names: Sequence[str]) -> list[str]:
 def _job(dataset: DataSet, options: CompareOptions, folder: Path | None, reporter: Reporter) -> _Job:
     """Split the data once; the fits see its normal images only, so that nothing else is read again."""
     options = options.model_copy(update={"device": resolve_device(options.device)})
-    found = fingerprints(dataset.cases, progress=lambda n, of: reporter.stage("reading images", n, of))
-    if bad := [each for each in found if isinstance(each, InputError)]:
-        listing = "; ".join(str(each) for each in bad[:5])
-        raise InputError(
-            dataset.root, f"{len(bad)} unreadable files: {listing}", "`umiad check-data` lists them all"
-        )
-    split = make_split(dataset, found, seed=options.seed, holdout=options.holdout)
+    split = split_data(dataset, seed=options.seed, holdout=options.holdout, reporter=reporter)
     if not split.part("test"):
         raise InputError(
             dataset.root, f"no test image: {split.rule}", "a comparison needs abnormal images, or a test part"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,7 @@ def write_comparison(comparison: Comparison, out: str | os.PathLike[str]) -> Pat
     files = {f"{name}.png": chart.png for name, chart in charts.items()}
     for gallery in galleries:
         files |= {f"{name}.png": picture.png for name, picture in gallery.items()}
-    try:
-        (out / PICTURES).mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            (out / PICTURES / name).write_bytes(content)
-    except OSError as error:
-        raise DiskError(f"{out}: cannot be written: {error}") from error
+    write_pictures(out, files)
     blocks = comparison_blocks(comparison)
     write_atomic(out / RESULT, text.encode("utf-8", errors="backslashreplace"))
     write_atomic(out / MARKDOWN, ("# Comparison\n\n" + to_markdown(blocks)).encode("utf-8"))
@@ -102,6 +97,16 @@ def write_comparison(comparison: Comparison, out: str | os.PathLike[str]) -> Pat
     pictures += [Gallery(t, list(g.values())) for t, g in zip(titles, galleries, strict=True)]
     page = [*blocks[:-2], *pictures, *blocks[-2:]]
     return write_page(out / REPORT, title="Comparison of detectors", lead=_lead(comparison), blocks=page)
+
+
+def write_pictures(out: Path, files: Mapping[str, bytes]) -> None:
+    """Write PNG files (name -> content) into `out/pictures`. Raises DiskError."""
+    try:
+        (out / PICTURES).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (out / PICTURES / name).write_bytes(content)
+    except OSError as error:
+        raise DiskError(f"{out}: cannot be written: {error}") from error
 
 
 def comparison_blocks(comparison: Comparison) -> list[Block]:
@@ -160,7 +165,10 @@ def _metric_table(title: str, comparison: Comparison, names: Sequence[str]) -> T
     for name in comparison.names:
         result = found.get(name)
         rows.append(
-            [_title(name), *(NONE if result is None else _cell(result.metrics(p)[m]) for m, p in columns)]
+            [
+                _title(name),
+                *(NONE if result is None else metric_cell(result.metrics(p)[m]) for m, p in columns),
+            ]
         )
         remarks.append(_remark(comparison, result, name, names))
     if any(remarks):
@@ -178,7 +186,7 @@ def _remark(comparison: Comparison, result: Result | None, name: str, metrics: S
     return "; ".join(dict.fromkeys(filter(None, reasons)))
 
 
-def _cell(metric: dict[str, Any]) -> str:
+def metric_cell(metric: dict[str, Any]) -> str:
     """A metric in percent with its interval; "n/a" where it is undefined."""
     if metric["value"] is None:
         return NONE
@@ -194,7 +202,7 @@ def _rule_table(comparison: Comparison) -> Table:
     rows = []
     for each in comparison.results:
         threshold = each.evaluation.provenance["image_threshold"]
-        cells = (_cell(each.evaluation.metrics[name]) for name in names)
+        cells = (metric_cell(each.evaluation.metrics[name]) for name in names)
         rows.append([_title(each.name), NONE if threshold is None else f"{threshold:.5g}", *cells])
     rules = dict.fromkeys(str(each.evaluation.provenance["threshold_rule"]) for each in comparison.results)
     what = "Sensitivity and specificity count images; precision, recall and Dice count pixels."
@@ -247,9 +255,9 @@ def _difference_table(comparison: Comparison, post: Post) -> Table:
             SHORT[each.metric],
             each.first,
             each.second,
-            NONE if each.value is None else _points(each.value),
-            NONE if each.ci95 is None else f"{_points(each.ci95[0])} to {_points(each.ci95[1])}",
-            _verdict(each),
+            NONE if each.value is None else points(each.value),
+            NONE if each.ci95 is None else f"{points(each.ci95[0])} to {points(each.ci95[1])}",
+            verdict(each),
         )
         for each in comparison.against_best(post)
     ]
@@ -262,7 +270,8 @@ def _difference_table(comparison: Comparison, post: Post) -> Table:
     return Table(f"The best against each other, {POST_NAMES[post]}", header, rows, caption)
 
 
-def _verdict(difference: Difference) -> str:
+def verdict(difference: Difference) -> str:
+    """Which of the two is better, in words, or that no difference is shown."""
     words = {
         BETTER: f"{difference.first} better",
         WORSE: f"{difference.second} better",
@@ -272,7 +281,7 @@ def _verdict(difference: Difference) -> str:
     return words[difference.verdict]
 
 
-def _points(fraction: float) -> str:
+def points(fraction: float) -> str:
     """Percentage points with one decimal; no minus sign before a zero."""
     return percent(round(fraction, 3) + 0.0)
 

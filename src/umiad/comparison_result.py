@@ -244,7 +244,14 @@ def paired_difference(metric: str, first: Result, second: Result, *, post: Post)
         return Difference(*pair, None, None, 0, None, "; ".join(gaps))
     value = values[0]["value"] - values[1]["value"]
     drawn = [each.draws(post).get(metric, np.zeros(0)) for each in (first, second)]
-    differences = drawn[0] - drawn[1]
+    return drawn_difference(pair, value, *drawn)
+
+
+def drawn_difference(
+    pair: tuple[str, str, str], value: float, first: np.ndarray, second: np.ndarray
+) -> Difference:
+    """The difference `value` of (metric, first name, second name) with its interval, from paired resamples [R]."""
+    differences = first - second
     differences = differences[np.isfinite(differences)]
     if not len(differences):
         return Difference(*pair, value, None, 0, None, NO_INTERVAL)

@@ -174,6 +174,17 @@ def case_image(case: Case) -> Image:
     return case.image
 
 
+def split_data(dataset: DataSet, *, seed: int, holdout: float, reporter: Reporter) -> Split:
+    """Read every file once, for its fingerprint, and split. Raises InputError where one cannot be read."""
+    found = fingerprints(dataset.cases, progress=lambda n, of: reporter.stage("reading images", n, of))
+    if bad := [each for each in found if isinstance(each, InputError)]:
+        listing = "; ".join(str(each) for each in bad[:5])
+        raise InputError(
+            dataset.root, f"{len(bad)} unreadable files: {listing}", "`umiad check-data` lists them all"
+        )
+    return make_split(dataset, found, seed=seed, holdout=holdout)
+
+
 def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
     """Read every file once; unreadable ones are an error or, with on_error "skip", left out and named."""
     found = fingerprints(

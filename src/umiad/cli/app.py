@@ -29,6 +29,7 @@ A first session:
   umiad score MODEL FILES... --out RESULTS  scores, maps and pictures of new images
   umiad compare DATA --detectors padim,egmf --out REPORT
                                             several detectors on the same split, in one report
+  umiad tune DATA --out RESULT              compare settings where only normal images exist
 
 DATA is a folder such as normal/ + abnormal/ (+ masks/), or the MVTec layout, or a .csv manifest
 (path,label,mask,patient,split). Higher scores are more anomalous; they are no probabilities.
@@ -106,6 +107,6 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-from umiad.cli import compare, models, tools  # noqa: E402 - the commands register themselves with `app`
+from umiad.cli import compare, models, tools, tune  # noqa: E402 - the commands register themselves with `app`
 
-__all__ = ["app", "compare", "models", "tools"]
+__all__ = ["app", "compare", "models", "tools", "tune"]
