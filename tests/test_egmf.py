@@ -6,7 +6,7 @@ import torch
 
 from umiad import detectors
 from umiad.detectors.check import clean_images, fit_quickly
-from umiad.detectors.egmf import PARTS, EGMFConfig, EGMFNetwork, nats_per_dim
+from umiad.detectors.egmf_network import PARTS, EGMFNetwork, NetworkConfig, nats_per_dim
 from umiad.errors import ConfigError
 from umiad.nn.encoder import CHANNELS
 
@@ -14,7 +14,7 @@ SIZE = 64
 
 
 def build(**settings):
-    config = detectors.preset_config("egmf", "quick", size=SIZE, blocks=2, **settings)
+    config = detectors.preset_config("egmf", "paper", size=SIZE, blocks=2, **settings)
     return detectors.make("egmf", config.canonical(), None)
 
 
@@ -39,7 +39,7 @@ def test_every_combination_of_parts_takes_a_step(parts, prepared):
 
 def test_an_unknown_part_names_the_nearest():
     with pytest.raises(ConfigError, match="did you mean 'coupling'"):
-        EGMFConfig.parse({"fusion": "couplin"})
+        NetworkConfig.parse({"fusion": "couplin"})
 
 
 def test_an_unfitted_flow_is_a_permutation_so_the_likelihood_is_that_of_the_features():
@@ -54,7 +54,7 @@ def test_an_unfitted_flow_is_a_permutation_so_the_likelihood_is_that_of_the_feat
 
 def test_the_density_is_exact_through_flows_and_fusion():
     """The parts have their own autograd tests; here: the loss adds them up, the fusion's included (float64)."""
-    config = EGMFConfig(size=SIZE, blocks=2, edge="none", aggregate="ignore", guidance="joint", seed=3)
+    config = NetworkConfig(size=SIZE, blocks=2, edge="none", aggregate="ignore", guidance="joint", seed=3)
     network = EGMFNetwork(config).double()
     with torch.no_grad():
         rng = torch.Generator().manual_seed(1)

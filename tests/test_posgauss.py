@@ -9,8 +9,9 @@ from scipy.stats import multivariate_normal
 from umiad import detectors
 from umiad.detectors import posgauss
 from umiad.detectors.check import clean_images
-from umiad.detectors.posgauss import Gaussians, Moments, held_out_nats, rank_within, spectrum
+from umiad.detectors.posgauss import Gaussians, Moments, held_out_nats, rank_within
 from umiad.errors import ConfigError, ModelFileError, TrainingError
+from umiad.nn.affine import spectrum
 
 POSITIONS = [0, 5, 15]
 

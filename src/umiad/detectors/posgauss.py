@@ -14,6 +14,7 @@ from umiad.config import DetectorConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import ConfigError, TrainingError
+from umiad.nn.affine import spectrum
 from umiad.nn.encoder import BACKBONES, Pyramid
 from umiad.nn.fibres import join, neighbourhood, to_pixels
 from umiad.nn.precision import exact
@@ -124,18 +125,6 @@ class Moments:
         n = self.count[group]
         second = self.outer[group].diagonal(dim1=1, dim2=2) / n
         return float((second - (self.total[group] / n).square()).mean())
-
-
-def spectrum(covariance: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading eigenvalues [P,r] and vectors [P,C,r] of [P,C,C], and the mean [P] of the other eigenvalues.
-
-    Probabilistic principal components (Tipping & Bishop, 1999): with the mean of the truncated eigenvalues
-    in all directions that are left out, the trace is kept.
-    """
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
-    values, left_out = values.clamp_min(0), values.shape[-1] - rank
-    rest = values[:, :left_out].sum(-1) / max(left_out, 1)
-    return values[:, left_out:], vectors[:, :, left_out:], rest
 
 
 def held_out_nats(

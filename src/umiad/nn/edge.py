@@ -82,6 +82,20 @@ class NoEdges(nn.Module):
 EDGES: dict[str, type[nn.Module]] = {"egm": EdgeGuidance, "prewitt": Prewitt, "none": NoEdges}
 
 
+class FineScales(nn.Module):
+    """F1 and F2 side by side on F2's grid, nothing mixed: the backbone's own fine features, nothing to train.
+
+    Not in `EDGES`: it has 192 channels instead of 128.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        super().__init__()
+
+    def forward(self, f1: Tensor, f2: Tensor) -> Tensor:
+        """f1 [B,64,S/4,S/4], f2 [B,128,S/8,S/8] -> f_edge [B,192,S/8,S/8]; F1 is averaged."""
+        return torch.cat([F.adaptive_avg_pool2d(f1, grid(f2)), f2], dim=1)
+
+
 def sobel_target(grey: Tensor, size: tuple[int, int]) -> Tensor:
     """Pseudo-edges to train edge parts on: grey [B,1,S,S] -> [B,1,h,w] in 0..1, (h, w) = `size`.
 

@@ -49,6 +49,8 @@ class Pyramid(nn.Module):
     F1 [B,64,S/4,S/4], F2 [B,128,S/8,S/8], F3 [B,256,S/16,S/16], F4 [B,512,S/32,S/32], all >= 0. Those are
     ResNet18's and ResNet34's `channels`; ResNet50 has four times as many (see `BACKBONES`).
 
+    Layers deeper than `depth` (1 to 4) are not kept, and cannot be run; `state` may hold them.
+
     `state` holds weights under torchvision's names; classifier weights ("fc.*") and
     "*.num_batches_tracked" may be missing, nothing else. Without `state` the weights are random, drawn
     from `seed`. `state_dict()` has torchvision's names without the classifier.
@@ -61,7 +63,9 @@ class Pyramid(nn.Module):
         ModelFileError: `state` lacks keys, has unknown ones, or has other shapes; names the first few.
     """
 
-    def __init__(self, state: Mapping[str, Tensor] | None, *, seed: int, backbone: str = "resnet18") -> None:
+    def __init__(
+        self, state: Mapping[str, Tensor] | None, *, seed: int, backbone: str = "resnet18", depth: int = 4
+    ) -> None:
         super().__init__()
         from monai.networks import nets  # costs seconds: only where a pyramid is built
 
@@ -83,6 +87,8 @@ class Pyramid(nn.Module):
         self.maxpool = network.maxpool
         self.layer1, self.layer2 = network.layer1, network.layer2
         self.layer3, self.layer4 = network.layer3, network.layer4
+        for name in ("layer1", "layer2", "layer3", "layer4")[depth:]:
+            setattr(self, name, nn.Identity())
         self.requires_grad_(False)
         self.eval()
 

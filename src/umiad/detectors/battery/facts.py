@@ -68,13 +68,25 @@ def kind(candidate: Candidate) -> None:
 
 
 def name(candidate: Candidate) -> None:
-    """`info.name` is the name in the registry; a detector that is not registered takes no registered name."""
-    cls: type[Any] = type(candidate.new())
+    """`info.name` is the name in the registry; a detector that is not registered takes no registered name.
+
+    One name may stand for several designs: then the registered class makes this one from its configuration.
+    """
+    detector = candidate.new()
+    cls: type[Any] = type(detector)
     where = f"{cls.__module__}:{cls.__qualname__}"
     registered = [each for each, target in detectors.REGISTRY.items() if target == where]
     found = candidate.info.name
     if registered:
         expect(found in registered, f"info.name is {found!r}, registered as {', '.join(registered)}")
-    else:
-        expect(found not in detectors.REGISTRY, f"info.name {found!r} belongs to a registered detector")
+    elif found in detectors.REGISTRY:
+        expect(_made_by(found, detector), f"info.name {found!r} belongs to a registered detector")
     expect(candidate.info.summary and candidate.info.reference, "info has no summary or no reference")
+
+
+def _made_by(registered: str, detector: Detector) -> bool:
+    """Whether the class registered under that name makes a detector of this class from its configuration."""
+    try:
+        return type(detectors.make(registered, detector.config.canonical(), None)) is type(detector)
+    except ConfigError:
+        return False
