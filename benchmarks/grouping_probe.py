@@ -1,6 +1,6 @@
-"""What near-duplicates on both sides of a split are worth: padim on ungrouped random splits.
+"""What near-duplicates on both sides of a split are worth: detectors on ungrouped random splits.
 
-    python benchmarks/grouping_probe.py --data ../shared/data/busi --weights FILE
+    python benchmarks/grouping_probe.py --data ../shared/data/busi --weights FILE --detectors padim,egmf
 
 The same sizes as the paper's split, drawn image by image; the grouped figures are the protocol's.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from paper_protocol import CODE
+from remember import remember
 from umiad.api import FitOptions, build, evaluate, fit
 from umiad.data import DataSet, load_data
 from umiad.duplicates import fingerprints
@@ -35,33 +36,41 @@ def ungrouped(data: DataSet, grouped: Split, *, seed: int) -> Split:
     return replace(grouped, entries=entries, seed=seed, rule="random, near-duplicates not kept together")
 
 
-def main() -> None:
-    """Fit and evaluate padim (preset default) on ungrouped splits of seeds 0 to 4."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--weights", required=True)
-    options = parser.parse_args()
-    data = load_data(options.data)
-    grouped = make_split(data, fingerprints(data.cases), holdout=0.0)
+def probe(name: str, data: DataSet, grouped: Split, weights: str) -> dict[str, object]:
+    """Metrics of one detector (preset default) on the ungrouped splits of seeds 0 to 4."""
     found = {}
     for seed in range(5):
-        detector = build("padim", weights=options.weights, seed=seed)
+        detector = build(name, weights=weights, seed=seed)
         split = ungrouped(data, grouped, seed=seed)
         model = fit(detector, data, options=FitOptions(holdout=0.0, seed=seed), groups=split)
         metrics = evaluate(model, data, n_resamples=10).metrics
         found[str(seed)] = {name: metrics[name]["value"] for name in ("det_auroc", "seg_auroc", "seg_aupro")}
-        print(seed, found[str(seed)])
-    record = {
-        "what": "padim, preset default, on random splits that do not keep near-duplicates together",
+        print(name, seed, found[str(seed)])
+    return {
+        "what": f"{name}, preset default, on random splits that do not keep near-duplicates together",
         "data": data.name,
         "weights": detector.config.weights,
         "commit": CODE,
         "ungrouped": found,
     }
-    target = RESULTS / f"grouping-{data.name}-padim.json"
-    target.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Fit and evaluate every detector named on ungrouped splits."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--detectors", default="padim", help="names with commas between")
+    options = parser.parse_args()
+    remember()
+    data = load_data(options.data)
+    grouped = make_split(data, fingerprints(data.cases), holdout=0.0)
+    for name in options.detectors.split(","):
+        record = probe(name, data, grouped, options.weights)
+        target = RESULTS / f"grouping-{data.name}-{name}.json"
+        target.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
