@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from paper_protocol import CODE
+from results_store import presets, title
 from speed import alternate
 from umiad import detectors
 from umiad.api import build
@@ -26,15 +27,27 @@ from umiad.nn.encoder import Pyramid
 
 TARGET = Path(__file__).parent / "results" / "speed_scoring.json"
 N_TRAIN, REPEATS, SIZE = 99, 25, 256
-PRESETS = {"egmf": "paper"}
-"""The preset that Table 3 shows, where it is not "default"."""
 
 
-def fitted(name: str, weights: str, size: int) -> Detector:
+def fitted(name: str, weights: str, size: int, *, preset: str = "default") -> Detector:
     """The detector of Table 3, fitted on generated images."""
-    detector = build(name, preset=PRESETS.get(name, "default"), weights=weights, size=size)
+    detector = build(name, preset=preset, weights=weights, size=size)
     images = clean_images(N_TRAIN if detector.info.closed_form else 4, size=size)
     return fit_quickly(detector, images, steps=1)
+
+
+def megabytes(detector: Detector) -> float:
+    """Tensors of the saved model (backbone and all that was fitted), 10^6 bytes."""
+    return sum(each.numel() * each.element_size() for each in detector.state().values()) / 1e6
+
+
+def row(detector: Detector, ratio: float) -> dict[str, Any]:
+    """What the result says of one detector."""
+    return {
+        "preset": detector.config.preset,
+        "ratio": round(ratio, 3),
+        "model_mb": round(megabytes(detector), 1),
+    }
 
 
 def main() -> None:
@@ -55,12 +68,15 @@ def main() -> None:
             return encoder(image)
 
     found: dict[str, Detector] = {
-        name: fitted(name, weights, options.size) for name in options.detectors.split(",")
+        title(name, preset): fitted(name, weights, options.size, preset=preset)
+        for name in options.detectors.split(",")
+        for preset in presets(name)
     }
     calls: dict[str, Any] = {
         name: (lambda detector=detector: detector.score(image)) for name, detector in found.items()
     }
     seconds = alternate({"encoder": bare, **calls}, repeats=options.repeats)
+    rows = {name: row(each, seconds[name] / seconds["encoder"]) for name, each in found.items()}
     facts = {
         "unit": "median time of scoring one image at batch 1, as a ratio to the bare encoder in the same run",
         "size": options.size,
@@ -69,14 +85,11 @@ def main() -> None:
         "torch": torch.__version__,
         "commit": CODE,
         "weights": next(iter(found.values())).config.weights,
-        "detectors": {
-            name: {"preset": found[name].config.preset, "ratio": round(seconds[name] / seconds["encoder"], 3)}
-            for name in found
-        },
+        "detectors": rows,
     }
     TARGET.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    for name, row in facts["detectors"].items():  # type: ignore[attr-defined]
-        print(f"{name:10} {row['preset']:8} {row['ratio']:8.2f} times the encoder")
+    for name, each in rows.items():
+        print(f"{name:18} {each['ratio']:8.2f} times the encoder, {each['model_mb']:6.1f} MB")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,27 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from results_store import DATASETS, ROOT, Result, cell, load_results, paper_table, select, spread
-from table3 import BESIDE, METHODS, POSGAUSS, best_lines, table3
-from table4 import table4
+from results_store import (
+    DATASETS,
+    ROOT,
+    Result,
+    cell,
+    load_named,
+    load_results,
+    paper_table,
+    presets,
+    select,
+    spread,
+)
+from table3 import BESIDE, DESIGNS, METHODS, POSGAUSS, best_lines, table3
+from table4 import counted_rows, row_title, table4
 from umiad.charts import training_curves
-from umiad.parameters import parameter_table
 from umiad.report import Table, Text, to_markdown
+from win_table import LEARNING, learning_block, learning_picture, proxy_blocks, win_blocks
 
+PICTURE = f"{LEARNING.replace('_', '-')}.png"
 COLUMNS = ("det_auroc", "seg_auroc", "seg_aupro")
-PAPER_PARTS = {"egmf": "14 M in all (the paper's Table 4)"}
+PAPER_PARTS = {("egmf", "paper"): "14 M in all (the paper's Table 4)"}
 ABOUT = (
     "Made by `make tables` from the committed results (benchmarks/results/*.json) and the paper's printed values "
     "(benchmarks/paper/*.csv); nothing here is typed by hand. Suspect: the printed value cannot be what it says, see "
@@ -41,8 +53,9 @@ def results_table(results: Sequence[Result], *, seed: int = 0) -> str:
         values = f"{printed['det_auroc']} | | {printed['seg_auroc']} | {printed['seg_aupro']} | 100 |"
         lines.append(f"| {dataset} | the paper's UMIAD-EGMF, as printed{mark} | {values} |")
         for detector in detectors:
-            runs = select(results, dataset=dataset, detector=detector)
-            lines += [_line(run, runs) for run in runs if run["seed"] == seed]
+            for preset in presets(detector):
+                runs = select(results, dataset=dataset, detector=detector, preset=preset)
+                lines += [_line(run, runs) for run in runs if run["seed"] == seed]
     return "\n".join([*lines, "", _footnote(results, seed)])
 
 
@@ -51,10 +64,10 @@ def _line(run: Result, runs: Sequence[Result]) -> str:
     metrics = run["metrics"]
     cells = [cell(metrics[name]) if name == "det_auroc" or run["localises"] else "-" for name in COLUMNS]
     over = spread([each["metrics"]["det_auroc"]["value"] for each in runs])
-    title = f"{run['detector']}, preset {run['preset']}"
+    name = f"{run['detector']}, preset {run['preset']}"
     made = f"{run['epochs'] or 'closed form'} | {run['commit']}"
     return (
-        f"| {run['dataset']} ({counts}) | {title} | {cells[0]} | {over} | {cells[1]} | {cells[2]} | {made} |"
+        f"| {run['dataset']} ({counts}) | {name} | {cells[0]} | {over} | {cells[1]} | {cells[2]} | {made} |"
     )
 
 
@@ -64,7 +77,7 @@ def _footnote(results: Sequence[Result], seed: int) -> str:
         f"Percent, 95 % bootstrap intervals in brackets; each method's official post-processing; seed {seed}, and mean "
         "with range where several seeds were run (0 to 4 for the closed forms, which take under three minutes). "
         f"Weights label: {labels}; 256 px; hold-out 0; the paper's training sizes; no test image used for any choice, "
-        f"except that {POSGAUSS} "
+        f"except that {POSGAUSS} {DESIGNS} "
         "A dash: no lesion masks, or no map. `size` and `intensity` are confounders, not methods. The common "
         "post-processing, equalised images and the paper's other rows: [docs/results.md](docs/results.md). "
         "Made by `make tables`."
@@ -72,7 +85,7 @@ def _footnote(results: Sequence[Result], seed: int) -> str:
 
 
 def results_page(results: Sequence[Result], rows: list[dict[str, Any]] | None = None) -> str:
-    """Markdown of docs/results.md: Tables 3 and 4."""
+    """Markdown of docs/results.md: Tables 3 and 4, and the section on the default of egmf."""
     best = list(best_lines(results))
     blocks = [
         Text("Where the numbers come from", [ABOUT]),
@@ -80,21 +93,31 @@ def results_page(results: Sequence[Result], rows: list[dict[str, Any]] | None = 
         *table3(results),
         *table4(rows),
     ]
-    return "# Results beside the paper's\n\n" + to_markdown(blocks) + "\n"
+    return "# Results beside the paper's\n\n" + to_markdown(blocks) + "\n" + default_section(results)
+
+
+def default_section(results: Sequence[Result]) -> str:
+    """Markdown of docs/results.md after Table 4: the default of egmf, its learning curve drawn too."""
+    learning = load_named(LEARNING)
+    parts = [to_markdown([*win_blocks(results), learning_block(learning)])]
+    if learning:
+        parts.append(f"![Metrics over the number of normal images](images/{PICTURE})\n")
+    proxies = [block for dataset in DATASETS for block in proxy_blocks(results, dataset)]
+    return "\n".join([*parts, to_markdown(proxies)])
 
 
 def parameters_page(rows: list[dict[str, Any]] | None = None) -> str:
     """Markdown: parameter counts per part beside the paper's."""
     lines = []
-    for row in parameter_table() if rows is None else rows:
+    for row in counted_rows() if rows is None else rows:
+        name = row_title(row)
         for part, counts in row["parts"].items():
-            lines.append((row["name"], part, f"{counts['total']:,}", f"{counts['trainable']:,}", "", ""))
-        paper = PAPER_PARTS.get(row["name"], "")
-        lines.append(
-            (row["name"], "all", f"{row['total']:,}", f"{row['trainable']:,}", f"{row['used']:,}", paper)
-        )
+            lines.append((name, part, f"{counts['total']:,}", f"{counts['trainable']:,}", "", ""))
+        paper = PAPER_PARTS.get((row["name"], row["preset"]), "")
+        lines.append((name, "all", f"{row['total']:,}", f"{row['trainable']:,}", f"{row['used']:,}", paper))
     caption = (
-        "Made by `make tables` from the networks themselves (preset paper, 256 px). The encoder is frozen and has no "
+        "Made by `make tables` from the networks themselves (preset paper, 256 px; egmf's preset "
+        "default too). The encoder is frozen and has no "
         "fully connected layer. Gaussian statistics and memory banks are buffers and do not count; the flows' "
         "permutations are parameters to their library, hence total above trainable. Used: in scoring one image. The "
         "paper prints 14 M for UMIAD-EGMF without a counting rule; the trainable parts here come to the same."
@@ -114,8 +137,8 @@ def replace_between(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Write the tables, the parameter page and the picture of the loss curves."""
-    results, rows = load_results(), parameter_table()
+    """Write the tables, the parameter page and the pictures of the loss curves and the learning curve."""
+    results, rows = load_results(), counted_rows()
     readme = ROOT / "README.md"
     readme.write_text(
         replace_between(readme.read_text(encoding="utf-8"), "results", results_table(results)),
@@ -123,11 +146,14 @@ def main() -> None:
     )
     (ROOT / "docs" / "results.md").write_text(results_page(results, rows), encoding="utf-8")
     (ROOT / "docs" / "parameters.md").write_text(parameters_page(rows), encoding="utf-8")
+    images = ROOT / "docs" / "images"
+    images.mkdir(exist_ok=True)
     for run in results:
         if run["variant"] == "holdout" and run["log"]:
-            picture = ROOT / "docs" / "images" / f"curves-{run['dataset']}-{run['detector']}.png"
-            picture.parent.mkdir(exist_ok=True)
+            picture = images / f"curves-{run['dataset']}-{run['detector']}.png"
             picture.write_bytes(training_curves(run["log"]))
+    if learning := load_named(LEARNING):
+        (images / PICTURE).write_bytes(learning_picture(learning))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def scripts(monkeypatch, tmp_path):
     import table4
     import tables
 
-    for module in (paper_protocol, results_store, table4):
+    for module in (paper_protocol, results_store):
         monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     return SimpleNamespace(
         protocol=paper_protocol, store=results_store, tables=tables, table3=table3, table4=table4
@@ -129,6 +129,29 @@ def test_two_results_for_one_seed_are_an_error(scripts, result):
         scripts.tables.results_table(scripts.store.load_results())
 
 
+def test_every_preset_of_egmf_has_a_row_of_its_own(scripts, result):
+    record = json.loads(result.read_text()) | {"detector": "egmf"}
+    runs = [
+        record
+        | {"preset": preset, "metrics": record["metrics"] | {"det_auroc": {"value": value, "ci95": None}}}
+        for preset, value in (("default", 0.812), ("paper", 0.634))
+    ]
+    cells = {"default": "81.2", "paper": "63.4"}
+    titles = {"default": "egmf (ours)", "paper": "egmf, preset paper (ours)"}
+    for shown in (("default", "paper"), ("default",), ("paper",)):
+        given = [run for run in runs if run["preset"] in shown]
+        rows = [row for row in scripts.table3.accuracy(given, "busi").rows if row[1] == "official"]
+        assert [row[:3] for row in rows] == [(titles[p], "official", cells[p]) for p in shown]
+        page = scripts.tables.results_table(given)
+        for preset in cells:
+            line = f"egmf, preset {preset} | {cells[preset]} |"
+            assert (line in page) == (preset in shown)
+        points = scripts.table3.operating_points(given, "busi").rows
+        assert {row[0] for row in points if "ours" in row[0]} == {titles[p] for p in shown}
+        first = next(iter(scripts.table3.best_lines(given)))
+        assert f"highest det_auroc {titles[shown[0]].removesuffix(' (ours)')} {cells[shown[0]]}" in first
+
+
 def test_a_detector_without_a_map_has_dashes_for_pixels(scripts, result):
     record = json.loads(result.read_text()) | {"localises": False}
     [row] = [r for r in scripts.table3.accuracy([record], "busi").rows if r[1] == "official"]
@@ -144,7 +167,6 @@ def test_rescored_variants_share_the_fit(scripts, tmp_path):
         "preset": "quick",
         "seed": 0,
         "size": 64,
-        "settings": {"blocks": 1, "training": {"epochs": 1}},
         "rescore": {"full": {"likelihood": "full"}},
     }
     written = scripts.protocol.execute(job, data, "random", scratch=None)
@@ -170,6 +192,9 @@ def test_a_lead_is_judged_in_pairs(scripts, result):
     assert "padim 100.0 (next posgauss; paired difference 100.0 to 100.0: ahead)" in line
     runs[1] = runs[0] | {"detector": "posgauss"}
     assert "no difference shown" in next(iter(scripts.table3.best_lines(runs)))
+    single = record["cases"] | {"groups": ["one"] * len(labels)}
+    alone = [run | {"cases": single} for run in runs]
+    assert "(next posgauss; no interval)" in next(iter(scripts.table3.best_lines(alone)))
     runs[1] |= {"split_digest": "other"}
     with pytest.raises(SystemExit, match="different test images"):
         list(scripts.table3.best_lines(runs))
@@ -188,6 +213,15 @@ def test_undefined_cells_are_dashes_and_missing_markers_an_error(scripts):
 ROWS = [
     {
         "name": "egmf",
+        "preset": "default",
+        "parts": {"encoder": {"total": 2782784, "trainable": 0}},
+        "total": 2782784,
+        "used": 2782784,
+        "trainable": 0,
+    },
+    {
+        "name": "egmf",
+        "preset": "paper",
         "parts": {
             "encoder": {"total": 11176512, "trainable": 0},
             "fusion": {"total": 462000, "trainable": 462000},
@@ -195,22 +229,64 @@ ROWS = [
         "total": 25204212,
         "used": 25203570,
         "trainable": 14012340,
-    }
+    },
+    {
+        "name": "msflow",
+        "preset": "paper",
+        "parts": {"encoder": {"total": 11176512, "trainable": 0}},
+        "total": 21590000,
+        "used": 13200000,
+        "trainable": 9190000,
+    },
 ]
+
+
+def write_speed(folder, name="speed_scoring.json", **rows):
+    folder.mkdir(exist_ok=True)
+    facts = {"detectors": rows, "threads": 2, "commit": "abc"}
+    (folder / name).write_text(json.dumps(facts))
 
 
 def test_parameters_and_times_stand_beside_the_papers(scripts, tmp_path):
     page = scripts.tables.parameters_page(ROWS)
     for part in ("encoder", "fusion", "14 M", "25,203,570"):
         assert part in page
-    folder = tmp_path / "results"
-    folder.mkdir()
-    speed = {"detectors": {"egmf": {"ratio": 2.544}}, "threads": 2, "commit": "abc"}
-    (folder / "speed_scoring.json").write_text(json.dumps(speed))
+    shown = {line.split("|")[1].strip(): line for line in page.splitlines() if "| all |" in line}
+    assert "14 M" in shown["egmf, preset paper"]
+    assert "14 M" not in shown["egmf"]
+    speed = {"egmf": {"preset": "paper", "ratio": 2.544}, "msflow": {"preset": "default", "ratio": 1.7}}
+    write_speed(tmp_path / "results", **speed)
     table = scripts.table4.table4(ROWS)[0]
-    assert table.rows[0][:6] == ("egmf", "25.20", "25.20", "14.01", "14 (suspect)", "2.54")
-    missing = {row[0]: row for row in table.rows[1:]}  # of the paper's methods those that are not built here
+    own, paper, msflow = table.rows[:3]
+    assert own == ("egmf", "2.78", "2.78", "0.00", "-", "-", "default", "-")
+    assert paper[:7] == ("egmf, preset paper", "25.20", "25.20", "14.01", "14 (suspect)", "2.54", "paper")
+    assert msflow == ("msflow", "21.59", "13.20", "9.19", "15 (suspect)", "1.70", "default", "51.7")
+    missing = {row[0]: row for row in table.rows[3:]}  # of the paper's methods those that are not built here
     assert missing["MedViTV2, not built yet"][4:] == ("29.6", "-", "-", "57.0")
+    assert "2 threads, commit abc" in table.caption
+
+
+def test_times_of_both_presets_are_kept_apart(scripts, tmp_path):
+    folder = tmp_path / "results"
+    assert "not measured yet" in scripts.table4.table4(ROWS)[0].caption
+    speed = {
+        "egmf": {"preset": "default", "ratio": 1.4, "model_mb": 90.0},
+        "egmf, preset paper": {"preset": "paper", "ratio": 2.5, "model_mb": 100.0},
+    }
+    write_speed(folder, **speed)
+    assert [row[5] for row in scripts.table4.table4(ROWS)[0].rows[:3]] == ["1.40", "2.50", "-"]
+    write_speed(folder, "speed_scoring-2.json", egmf={"preset": "default", "ratio": 9.0})
+    with pytest.raises(SystemExit, match="egmf is timed twice"):
+        scripts.store.load_speed()
+
+
+def test_counted_rows_add_the_presets_that_tables_show(scripts, monkeypatch):
+    def counted(*, preset="paper"):
+        return [{"name": name, "preset": preset} for name in ("cflow", "egmf")]
+
+    monkeypatch.setattr(scripts.table4, "parameter_table", counted)
+    names = [(row["name"], row["preset"]) for row in scripts.table4.counted_rows()]
+    assert names == [("cflow", "paper"), ("egmf", "default"), ("egmf", "paper")]
 
 
 def test_speed_is_measured_for_every_named_detector(scripts, tmp_path, monkeypatch, capsys):
@@ -223,4 +299,6 @@ def test_speed_is_measured_for_every_named_detector(scripts, tmp_path, monkeypat
     scoring_speed.main()
     found = json.loads((tmp_path / "speed.json").read_text())
     assert found["detectors"]["padim"]["ratio"] > 0
+    # the encoder down to layer 3 alone has 2.78 M parameters of 4 bytes
+    assert found["detectors"]["padim"]["model_mb"] > 11
     assert "times the encoder" in capsys.readouterr().out
