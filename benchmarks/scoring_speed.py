@@ -27,6 +27,7 @@ from umiad.nn.encoder import Pyramid
 
 TARGET = Path(__file__).parent / "results" / "speed_scoring.json"
 N_TRAIN, REPEATS, SIZE = 99, 25, 256
+BATCHES = (1, 8)
 
 
 def fitted(name: str, weights: str, size: int, *, preset: str = "default") -> Detector:
@@ -41,13 +42,19 @@ def megabytes(detector: Detector) -> float:
     return sum(each.numel() * each.element_size() for each in detector.state().values()) / 1e6
 
 
-def row(detector: Detector, ratio: float) -> dict[str, Any]:
-    """What the result says of one detector."""
-    return {
-        "preset": detector.config.preset,
-        "ratio": round(ratio, 3),
-        "model_mb": round(megabytes(detector), 1),
+def ratios(found: dict[str, Detector], size: int, batch: int, *, repeats: int) -> dict[str, float]:
+    """Median seconds of scoring `batch` images, as a multiple of the encoder's, all taking turns."""
+    images, encoder = clean_images(batch, size=size, seed=1), Pyramid(None, seed=0)
+
+    def bare() -> object:
+        with torch.inference_mode():
+            return encoder(images)
+
+    calls: dict[str, Any] = {
+        name: (lambda detector=detector: detector.score(images)) for name, detector in found.items()
     }
+    seconds = alternate({"encoder": bare, **calls}, repeats=repeats)
+    return {name: round(seconds[name] / seconds["encoder"], 3) for name in found}
 
 
 def main() -> None:
@@ -61,24 +68,25 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=REPEATS)
     options = parser.parse_args()
     weights = "random" if options.weights == "auto" else options.weights
-    image, encoder = clean_images(1, size=options.size, seed=1), Pyramid(None, seed=0)
-
-    def bare() -> object:
-        with torch.inference_mode():
-            return encoder(image)
-
     found: dict[str, Detector] = {
         title(name, preset): fitted(name, weights, options.size, preset=preset)
         for name in options.detectors.split(",")
         for preset in presets(name)
     }
-    calls: dict[str, Any] = {
-        name: (lambda detector=detector: detector.score(image)) for name, detector in found.items()
+    single, batched = (
+        ratios(found, options.size, batch, repeats=max(3, options.repeats // batch)) for batch in BATCHES
+    )
+    rows: dict[str, dict[str, Any]] = {
+        name: {
+            "preset": each.config.preset,
+            "ratio": single[name],
+            "ratio_batch8": batched[name],
+            "model_mb": round(megabytes(each), 1),
+        }
+        for name, each in found.items()
     }
-    seconds = alternate({"encoder": bare, **calls}, repeats=options.repeats)
-    rows = {name: row(each, seconds[name] / seconds["encoder"]) for name, each in found.items()}
     facts = {
-        "unit": "median time of scoring one image at batch 1, as a ratio to the bare encoder in the same run",
+        "unit": "median time of scoring at batch 1 (ratio_batch8: 8), as a ratio to the bare encoder in the same run",
         "size": options.size,
         "repeats": options.repeats,
         "threads": torch.get_num_threads(),
@@ -89,7 +97,7 @@ def main() -> None:
     }
     TARGET.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for name, each in rows.items():
-        print(f"{name:18} {each['ratio']:8.2f} times the encoder, {each['model_mb']:6.1f} MB")
+        print(f"{name:18} {each['ratio']:6.2f}, batch 8: {each['ratio_batch8']:6.2f} times the encoder")
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def alternate(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[s
 
 
 def encoder_of(detector: Detector) -> torch.nn.Module:
-    """The detector's backbone, or ResNet18 where it has none."""
-    return detector.parts().get("encoder") or Pyramid(None, seed=0)
+    """All four layers of the detector's kind of backbone: some detectors keep only a part of theirs."""
+    return Pyramid(None, seed=0, backbone=detector.config.backbone)
 
 
 def score_ratios(detector: Detector, batch: int) -> dict[str, float]:

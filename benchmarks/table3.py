@@ -50,7 +50,10 @@ RULES = (
     ("oracle pixel precision", "oracle_f1_precision"),
 )
 POSGAUSS = "posgauss's design (layer 3 alone) came from earlier probes that had seen these sets (decision 4)."
-DESIGNS = "egmf's preset default is this project's own closed form, preset paper the published network."
+DESIGNS = (
+    "egmf's preset default is this project's own closed form, preset paper the published network. Its settings were "
+    "chosen on normal images; that it is a Gaussian per position on layer 3 and finer ones follows those probes too."
+)
 NO_MAP = ("seg_auroc", "seg_ap", "seg_aupro")
 SEED = 0
 

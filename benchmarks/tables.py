@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from proxy_table import ideas_block, proxy_blocks
 from results_store import (
     DATASETS,
     ROOT,
@@ -27,7 +28,7 @@ from table3 import BESIDE, DESIGNS, METHODS, POSGAUSS, best_lines, table3
 from table4 import counted_rows, row_title, table4
 from umiad.charts import training_curves
 from umiad.report import Table, Text, to_markdown
-from win_table import LEARNING, learning_block, learning_picture, proxy_blocks, win_blocks
+from win_table import LEARNING, learning_block, learning_picture, win_blocks
 
 PICTURE = f"{LEARNING.replace('_', '-')}.png"
 COLUMNS = ("det_auroc", "seg_auroc", "seg_aupro")
@@ -103,6 +104,7 @@ def default_section(results: Sequence[Result]) -> str:
     if learning:
         parts.append(f"![Metrics over the number of normal images](images/{PICTURE})\n")
     proxies = [block for dataset in DATASETS for block in proxy_blocks(results, dataset)]
+    proxies.append(ideas_block())
     return "\n".join([*parts, to_markdown(proxies)])
 
 

@@ -25,6 +25,13 @@ def win(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def proxy(win):
+    import proxy_table
+
+    return proxy_table
+
+
+@pytest.fixture
 def store(win):
     return sys.modules["results_store"]
 
@@ -131,16 +138,16 @@ def test_goals_are_judged_by_the_mean(win, store, tmp_path):
     assert row(table, "head_ct", "det_auroc")[5] == "no (without seeds 2 3 4)"
     assert row(table, "brain_mri", "det_auroc")[3:] == ("-", "-", "not measured")
     assert row(table, "busi", "fit seconds")[2:] == ("<= 180", "32 (30 to 34, n = 5)", "30", "yes")
-    assert row(table, "any", "saved model, MB")[3] == "not measured: make bench"
+    assert row(table, "any", "tensors of the saved model, MB")[3] == "not measured: make bench"
     for part in ("label-w", "64 px", "closed form", "c0ffee", "win.toml"):
         assert part in table.caption
-    speed = {"egmf": {"preset": "default", "ratio": 1.234, "model_mb": 56.78}}
+    speed = {"egmf": {"preset": "default", "ratio": 1.234, "ratio_batch8": 1.9, "model_mb": 56.78}}
     (tmp_path / "speed_scoring.json").write_text(
         json.dumps({"detectors": speed, "threads": 1, "commit": "c"})
     )
     table = win.goals([each | {"fit_seconds": 181.0} for each in results])
     assert row(table, "busi", "fit seconds")[5] == "no"
-    assert [line[3] for line in table.rows[-2:]] == ["56.78", "1.23"]
+    assert [line[3:] for line in table.rows[-2:]] == [("56.78", "-", "yes"), ("1.90", "-", "no")]
 
 
 def test_every_rival_is_compared_on_common_seeds(win):
@@ -255,13 +262,13 @@ def candidate(variant, value, **facts):
     } | (figures | facts)
 
 
-def test_the_proxy_is_judged_by_its_ranks(win, tmp_path):
+def test_the_proxy_is_judged_by_its_ranks(proxy, tmp_path):
     lifts = {"main": 0.0, "no-mirror": 1.0, "no-edges": 2.0, "maximum": 9.0}
     results = [run(lift=lift, seg=0.5 + lift / 30, variant=name) for name, lift in lifts.items()]
     rows = [candidate(name, 0.6 + lift / 30) for name, lift in lifts.items()] + [candidate("no-prior", 0.5)]
-    proxy = {"dataset": "busi", "commit": "feed", "seed": 0, "candidates": rows}
-    (tmp_path / "proxy-busi.json").write_text(json.dumps(proxy))
-    text, table = win.proxy_blocks(results, "busi")
+    ranked = {"dataset": "busi", "commit": "feed", "seed": 0, "candidates": rows}
+    (tmp_path / "proxy-busi.json").write_text(json.dumps(ranked))
+    text, table = proxy.proxy_blocks(results, "busi")
     assert text.paragraphs[0].startswith(
         "Proxy det_auroc and real det_auroc, 4 candidates: Spearman's rho +1.00, p ="
     )
@@ -273,8 +280,28 @@ def test_the_proxy_is_judged_by_its_ranks(win, tmp_path):
     assert shown[6] == f"{100 * auroc(results[2]):.1f} (n = 1)"
     assert row(table, "egmf-default-no-prior")[6:] == ("-", "-", "-")
     assert "commit feed" in table.caption
-    _, table = win.proxy_blocks([], "busi")
+    # the highest rank_score is that of the lowest value: no-prior, which has no results; without it main
+    assert "ranks egmf-default-no-prior first (rank_score 50.0)" in text.paragraphs[4]
+    assert "det_auroc not measured" in text.paragraphs[4]
+    ranked["candidates"] = rows[1:3]
+    (tmp_path / "proxy-busi.json").write_text(json.dumps(ranked))
+    gain = 100 * (auroc(results[1]) - auroc(results[0]))
+    assert (
+        f"minus the default: det_auroc {gain:+.1f}" in proxy.proxy_blocks(results, "busi")[0].paragraphs[-1]
+    )
+    _, table = proxy.proxy_blocks([], "busi")
     assert "no results yet" in table.caption
+
+
+def test_ideas_are_shown_as_differences_to_the_first(proxy, tmp_path):
+    assert "ideas.py" in proxy.ideas_block().paragraphs[0]
+    figures = {"det_auroc": 0.6, "seg_auroc": 0.7, "seg_aupro": 0.5}
+    ideas = {"base": figures, "other": figures | {"det_auroc": 0.615, "seg_aupro": 0.48}}
+    known = {"dataset": "busi", "seed": 0, "folds": 3, "per_image": 4, "commit": "beef", "ideas": ideas}
+    (tmp_path / "ideas-busi.json").write_text(json.dumps(known))
+    table = proxy.ideas_block()
+    assert table.rows == [("base", "60.0", "70.0", "50.0"), ("other", "+1.5", "+0.0", "-2.0")]
+    assert "beef" in table.caption
 
 
 def test_the_page_says_what_is_missing_and_what_makes_it(win, store, tmp_path):

@@ -54,7 +54,6 @@ class DemoResult:
             "",
             f"report of the evaluation: {self.out / 'evaluation' / 'report.html'}",
             f"report of the scored images: {self.out / 'scores' / 'report.html'}",
-            f"training curves: {self.out / 'model' / 'curves.png'}",
             f"pictures, side by side: {self.out / 'overview.png'}",
             *(f"picture: {path}" for path in self.pictures[:4]),
         ]
@@ -63,7 +62,7 @@ class DemoResult:
 def run_demo(
     out: Path, *, weights: str = "auto", size: int = 256, seed: int = 0, reporter: Reporter | None = None
 ) -> DemoResult:
-    """Write phantoms, fit egmf (preset quick), evaluate, score; everything below `out`.
+    """Write phantoms, fit egmf (preset default), evaluate, score; everything below `out`.
 
     `weights` "auto" takes pretrained weights from the cache, and random ones where there are none.
     Raises InputError when `out` holds anything but an earlier demonstration.
@@ -71,7 +70,7 @@ def run_demo(
     _clear(out)
     phantoms = write_phantoms(out / "phantoms", seed=seed)
     found = backbones.available() if weights == "auto" else weights
-    detector = api.build("egmf", preset="quick", weights=found, size=size, seed=seed)
+    detector = api.build("egmf", weights=found, size=size, seed=seed)
     model = api.fit(detector, phantoms, out=out / "model", reporter=reporter)
     evaluation = api.evaluate(model, phantoms, n_resamples=200, reporter=reporter)
     report_files.write_evaluation(model, evaluation, out / "evaluation")
