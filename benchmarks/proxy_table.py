@@ -95,7 +95,7 @@ def ideas_block() -> Block:
     caption = (
         "First row: percent; the others: points more or less than it. No abnormal and no test image: synthetic "
         f"anomalies in held-out normal images of seed {facts['seed']}'s training part, {facts['folds']} folds, "
-        f"{facts['per_image']} per image; post-processed as the default is. The base is the default without its mirrored "
-        f"view. Commit {commits}."
+        f"{facts['per_image']} per image; post-processed as the default is. The base is the default without its "
+        f"mirrored view. Commit {commits}."
     )
     return Table(name, header, rows, caption)

@@ -13,7 +13,7 @@ variants = {
 }
 for name, parts in variants.items():
     settings = {**parts, "blocks": 2, "training": {"epochs": 2}}
-    detector = umiad.build("egmf", preset="quick", weights="random", size=64, settings=settings)
+    detector = umiad.build("egmf", preset="paper", weights="random", size=64, settings=settings)
     model = umiad.fit(detector, data)
     print(
         f"{name:10} -log p of held-out normals: {model.info['holdout_nats_per_dim']:.3f} nats per dimension"

@@ -35,10 +35,11 @@ def image(seed=0, shape=(70, 90)):
     return np.random.default_rng(seed).random(shape, dtype=np.float32)
 
 
-def test_five_lines(data, tmp_path):
-    detector = umiad.build(
-        "egmf", preset="quick", weights="random", size=SIZE, settings={"training": {"epochs": 1}}
-    )
+@pytest.mark.parametrize(
+    ("preset", "settings"), [("default", {}), ("paper", {"blocks": 1, "training": {"epochs": 1}})]
+)
+def test_five_lines(preset, settings, data, tmp_path):
+    detector = umiad.build("egmf", preset=preset, weights="random", size=SIZE, settings=settings)
     model = umiad.fit(detector, data)
     findings = umiad.score(model, sorted((data / "abnormal").iterdir())[:2])
     result = umiad.evaluate(model, data, n_resamples=20)

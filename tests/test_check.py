@@ -14,6 +14,8 @@ from torch import nn
 from umiad.config import Config, DetectorConfig
 from umiad.detectors.check import CHECKS, CheckError, check_detector, examine
 from umiad.detectors.contract import DetectorInfo
+from umiad.detectors.egmf_affine import AffineConfig, AffineEGMF
+from umiad.detectors.egmf_network import NetworkConfig, NetworkEGMF
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import ConfigError, InputError
 from umiad.scoring import maximum, smooth
@@ -481,3 +483,18 @@ def test_the_battery_changes_no_global_random_state():
 def test_a_registered_name_cannot_be_taken_by_another_class(name):
     with pytest.raises(CheckError, match="belongs to a registered detector"):
         examine(broken(Toy, declared(name=name)), size=SIZE, checks=["name"])
+
+
+@pytest.mark.parametrize(("design", "config"), [(AffineEGMF, AffineConfig), (NetworkEGMF, NetworkConfig)])
+def test_a_name_of_several_designs_belongs_to_these_classes_only(design, config):
+    """A configuration that the registered class takes does not make a toy, or a subclass, one of its designs."""
+    settings = {} if design is AffineEGMF else {"blocks": 1}
+    examine(lambda seed: design(config(size=SIZE, seed=seed, **settings), None), size=SIZE, checks=["name"])
+    heir = type("Heir", (design,), {"__doc__": "A subclass."})
+    toy = type("Borrower", (Toy,), {"Config": config, **declared(name="egmf")})
+    for other in (heir, toy):
+        with pytest.raises(CheckError, match="'egmf' belongs to a registered detector"):
+            examine(lambda seed, cls=other: cls(config(size=SIZE, **settings), None), checks=["name"])
+    renamed = {"info": DetectorInfo("egmf2", "s", "r", closed_form=design is AffineEGMF)}
+    mine = type("Mine", (design,), renamed)
+    examine(lambda seed: mine(config(size=SIZE, **settings), None), checks=["name"])

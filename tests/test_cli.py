@@ -185,6 +185,12 @@ def test_an_interrupted_comparison_ends_with_130_and_says_how_to_go_on(data, tmp
     assert "--resume" not in said.stderr
 
 
+def test_epochs_of_a_closed_form_are_noted_with_the_preset(data, tmp_path):
+    words = ["--detector", "egmf", "--preset", "quick", "--weights", "random", "--size", "64"]
+    said = run("fit", data, "--out", tmp_path / "m", *words, "--epochs", 5).stderr
+    assert "--epochs has no effect: egmf (quick) is a closed form" in " ".join(said.split())
+
+
 def test_fit_equalises_and_takes_another_backbone(data, tmp_path):
     run("fit", data, "--out", tmp_path / "m", *FIT, "--equalise", 48, "--backbone", "resnet34")
     config = json.loads(run("inspect", tmp_path / "m", "--json").stdout)["config"]
@@ -313,7 +319,7 @@ def test_ctrl_c_stops_with_130_and_resume_goes_on(data, tmp_path):
         "--detector",
         "egmf",
         "--preset",
-        "quick",
+        "paper",
         "--size",
         "64",
     ]

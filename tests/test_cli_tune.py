@@ -140,7 +140,7 @@ def test_ctrl_c_stops_with_130_and_repeating_goes_on(data, tmp_path):
     """A real process, a real signal: the first candidate is kept, the second is computed later."""
     (tmp_path / "c.toml").write_text(
         '[[candidate]]\nname = "first"\ndetector = "intensity"\n'
-        '[[candidate]]\nname = "second"\ndetector = "egmf"\npreset = "quick"\n'
+        '[[candidate]]\nname = "second"\ndetector = "egmf"\npreset = "paper"\n'
         "settings = { blocks = 1, training.epochs = 2 }\n"
     )
     words = [sys.executable, "-m", "umiad", "tune", data, "--out", tmp_path / "t", "--threads", "1"]

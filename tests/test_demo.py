@@ -11,7 +11,7 @@ def test_the_demonstration_ends_by_naming_what_it_wrote(tmp_path, monkeypatch):
     result = run_demo(tmp_path / "demo", size=64)
     said = "\n".join(result.lines())
     assert "no pretrained weights at hand" in said
-    for path in ("evaluation/report.html", "scores/report.html", "model/curves.png", "overview.png"):
+    for path in ("evaluation/report.html", "scores/report.html", "overview.png"):
         assert (tmp_path / "demo" / path).stat().st_size > 1000
         assert path in said
     assert len(result.scores) == 8

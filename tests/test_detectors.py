@@ -10,23 +10,26 @@ from umiad.detectors.check import CHECKS, Candidate, Exempt
 from umiad.errors import ConfigError
 
 SIZE = 64
-SETTINGS = {"posgauss": {"scales": [2]}}
-"""Settings beside preset "quick": of a random network, 4 x 4 cells of scale 3 cannot tell where a blob is."""
+SETTINGS = {("posgauss", "quick"): {"scales": [2]}, ("egmf", "paper"): {"blocks": 2}}
+"""Settings beside a preset: of a random network, 4 x 4 cells of scale 3 cannot tell posgauss where a blob is."""
+CANDIDATES = [*((name, "quick") for name in detectors.names()), ("egmf", "default"), ("egmf", "paper")]
+"""Every detector, and what another preset of it builds: egmf's flows with their second view, and its network."""
 
 
-def make(name, seed):
-    config = detectors.preset_config(name, "quick", size=SIZE, seed=seed, **SETTINGS.get(name, {}))
+def make(name, preset, seed):
+    settings = SETTINGS.get((name, preset), {})
+    config = detectors.preset_config(name, preset, size=SIZE, seed=seed, **settings)
     return detectors.make(name, config.canonical(), None)
 
 
 @pytest.fixture(scope="module")
 def candidate(request):
-    """One candidate per detector, shared by its checks and forgotten after them."""
-    return Candidate(lambda seed: make(request.param, seed), SIZE)
+    """One candidate per detector and preset, shared by its checks and forgotten after them."""
+    return Candidate(lambda seed: make(*request.param, seed), SIZE)
 
 
 @pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("candidate", detectors.names(), indirect=True)
+@pytest.mark.parametrize("candidate", CANDIDATES, indirect=True, ids="-".join)
 def test_battery(candidate, check):
     try:
         CHECKS[check](candidate)

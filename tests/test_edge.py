@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from umiad.nn.edge import EDGES, EdgeGuidance, NoEdges, Prewitt, sobel_target
+from umiad.nn.edge import EDGES, EdgeGuidance, FineScales, NoEdges, Prewitt, sobel_target
 
 
 def features(size: int = 64, batch: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -102,13 +102,28 @@ def test_prewitt_matches_finite_differences() -> None:
 
 
 def test_prewitt_and_no_edges_have_nothing_to_train_or_save() -> None:
-    for part in (Prewitt(), NoEdges()):
+    for part in (Prewitt(), NoEdges(), FineScales()):
         assert not list(part.parameters())
         assert not part.state_dict()
 
 
 def test_no_edges_are_zero() -> None:
     assert float(NoEdges()(*features()).abs().max()) == 0
+
+
+@pytest.mark.parametrize("size", [64, 96, 160])
+def test_fine_scales_are_averaged_f1_beside_f2_as_it_is(size: int) -> None:
+    f1, f2 = features(size)
+    f_edge = FineScales(seed=3)(f1, f2)
+    assert f_edge.shape == (2, 192, size // 8, size // 8)
+    means = sum(f1[..., row::2, column::2] for row in (0, 1) for column in (0, 1)) / 4
+    torch.testing.assert_close(f_edge[:, :64], means)  # sums of four float32 in another order
+    assert torch.equal(f_edge[:, 64:], f2)
+
+
+def test_fine_scales_are_no_edge_part_of_the_network() -> None:
+    """The network's slot has 128 channels."""
+    assert FineScales not in EDGES.values()
 
 
 def test_sobel_target_marks_the_border_of_a_square() -> None:

@@ -220,6 +220,39 @@ def test_what_lies_deeper_is_not_run(pyramid: Pyramid, depth: int, monkeypatch: 
     assert all(torch.equal(first, second) for first, second in zip(maps, whole, strict=False))
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_what_lies_deeper_is_not_kept(pyramid: Pyramid, state: dict[str, Tensor], depth: int) -> None:
+    """A full state fills it; its maps and tensors are the first of the whole pyramid's."""
+    shallow = Pyramid(state, seed=0, depth=depth)
+    deeper = tuple(f"layer{k}." for k in range(depth + 1, 5))
+    whole = pyramid.state_dict()
+    assert shallow.state_dict().keys() == {key for key in whole if not key.startswith(deeper)}
+    assert all(torch.equal(value, whole[key]) for key, value in shallow.state_dict().items())
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    maps = shallow(images, depth=depth)
+    assert len(maps) == depth
+    assert all(torch.equal(first, second) for first, second in zip(maps, pyramid(images), strict=False))
+
+
+def test_without_layer_4_there_are_no_weights_of_layer_4(state: dict[str, Tensor]) -> None:
+    for given in (state, None):
+        pyramid = Pyramid(given, seed=0, depth=3)
+        assert not [key for key in pyramid.state_dict() if "layer4" in key]
+        assert sum(p.numel() for p in pyramid.parameters()) == 2_782_784  # conv1 to layer 3
+        assert not pyramid.train().training
+
+
+def test_random_weights_do_not_depend_on_the_depth() -> None:
+    whole, shallow = Pyramid(None, seed=3).state_dict(), Pyramid(None, seed=3, depth=3).state_dict()
+    assert all(torch.equal(value, whole[key]) for key, value in shallow.items())
+
+
+def test_a_state_must_be_whole_whatever_the_depth(state: dict[str, Tensor]) -> None:
+    lacking = {key: value for key, value in state.items() if key != "layer4.1.conv2.weight"}
+    with pytest.raises(ModelFileError, match=r"1 missing: layer4\.1\.conv2\.weight"):
+        Pyramid(lacking, seed=0, depth=3)
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_backbone_has_its_channels_and_the_same_strides(backbone: str) -> None:
     pyramid = Pyramid(None, seed=0, backbone=backbone)

@@ -17,8 +17,8 @@ SIZE = 64
 
 
 def build(name="egmf", **settings):
-    flows = {"blocks": 1} if name == "egmf" else {}
-    config = detectors.preset_config(name, "quick", size=SIZE, **flows, **settings)
+    preset, flows = ("paper", {"blocks": 1}) if name == "egmf" else ("quick", {})  # egmf: the trained network
+    config = detectors.preset_config(name, preset, size=SIZE, **flows, **settings)
     return detectors.make(name, config.canonical(), None)
 
 

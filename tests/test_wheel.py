@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import json, numpy as np, umiad
 stack = np.random.default_rng(0).random((24, 64, 64), dtype=np.float32)
-model = umiad.fit(umiad.build("egmf", preset="quick", weights="random", size=64,
+model = umiad.fit(umiad.build("egmf", preset="paper", weights="random", size=64,
                               settings={"blocks": 1, "training": {"epochs": 1}}), stack, out="model")
 print(json.dumps({"file": umiad.__file__, "score": umiad.load("model").score(stack[0])[0].image_score}))
 """

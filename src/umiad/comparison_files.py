@@ -223,7 +223,7 @@ def _cost_table(comparison: Comparison) -> Table:
     found = {each.name: each for each in comparison.results}
     rows = []
     for name in comparison.names:
-        info = detectors.detector_class(name).info
+        info = comparison.info(name)
         if name not in found:
             rows.append((name, info.fidelity, *[NONE] * 5, "failed"))
             continue
@@ -243,7 +243,7 @@ def _cost_table(comparison: Comparison) -> Table:
 def _methods(comparison: Comparison) -> Facts:
     rows = []
     for name in comparison.names:
-        info = detectors.detector_class(name).info
+        info = comparison.info(name)
         blind = "" if info.uses_pixels else "; a control: does not look at what is in the image"
         rows.append((name, f"{info.summary}; {info.reference}{blind}"))
     return Facts("Methods", rows)

@@ -203,8 +203,14 @@ class Comparison:
             "gallery": [{"name": each.case.name, "lesion": each.lesion} for each in self.gallery],
         }
 
+    def info(self, name: str) -> DetectorInfo:
+        """Facts about a detector: of the design that was fitted, or where its fit failed, of the registered class."""
+        fitted = (each.info for each in self.results if each.name == name)
+        found: DetectorInfo = next(fitted, None) or detectors.detector_class(name).info
+        return found
+
     def _detector(self, name: str) -> dict[str, Any]:
-        info = detectors.detector_class(name).info
+        info = self.info(name)
         facts: dict[str, Any] = {key: getattr(info, key) for key in ("reference", "fidelity", "localises")}
         facts = {"name": name, **facts, "failed": self.failures.get(name)}
         result = next((each for each in self.results if each.name == name), None)

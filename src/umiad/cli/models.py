@@ -144,7 +144,7 @@ def fit(
     with RichReporter(console(err=True)) as reporter:
         reporter.note(f"{detector} ({preset}), backbone weights: {built.config.weights}")
         if epochs is not None and built.info.closed_form:
-            reporter.note(f"--epochs has no effect: {detector} is a closed form")
+            reporter.note(f"--epochs has no effect: {detector} ({preset}) is a closed form")
         if built.config.weights == "random":
             reporter.note("random backbone weights: scores will be weak; see `umiad weights --help`")
         model = fitting.fit_model(

@@ -25,6 +25,8 @@ from umiad.types import Scores
 
 DEPTH = 3
 """Layer 4 is neither run nor kept."""
+ROUNDING = 1e-12
+"""Variance between images, as a multiple of the features' mean square, that is float32 rounding and no variance."""
 GUIDES: dict[str, tuple[type[nn.Module], int]] = {
     "fine": (FineScales, CHANNELS[0] + CHANNELS[1]),
     **{name: (part, EDGE_CHANNELS) for name, part in EDGES.items() if name != "none"},
@@ -98,7 +100,7 @@ class AffineEGMF:
     condition; ours are affine, with statistics of their own at every position, and have their fit in closed form.
     Where couplings were put on top, they were at best level (docs/decisions/0005). EGM is untrained where it
     is chosen: no likelihood trains it well (see `umiad.nn.guidance`), and F1 and F2 themselves do better. F4 does
-    not take part. Fitting holds 0.6 GB of sums at 256 px, whatever the number of images.
+    not take part. Fitting holds 0.8 GB of sums at 256 px, whatever the number of images.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(
@@ -165,12 +167,16 @@ class AffineEGMF:
         self._moments.add(fibres, twins)
 
     def finish(self, rng: torch.Generator) -> None:
-        """Fit the flows. Raises TrainingError with fewer than 2 images, or all equal ones."""
+        """Fit the flows. Raises TrainingError with fewer than 2 images, or all equal or mirror images of one."""
         moments, self._moments = self._moments, None
         images = moments.count // 2 if moments else 0
         if moments is None or images < 2:
             raise TrainingError(f"egmf needs at least 2 normal images, got {images}")
-        if not float(moments.shared().own.diagonal().mean()) > 0:
+        own, cross = moments.shared()
+        between = float(
+            (own + cross).diagonal().mean()
+        )  # images may be equal and yet differ from their mirror image
+        if not between > ROUNDING * float(moments.mean().square().mean()):
             raise TrainingError(f"egmf needs normal images that differ, got {images} of equal features")
         for flow in self.flows.values():
             flow.fit(moments, prior=self.config.prior, epsilon=self.config.epsilon)
