@@ -226,7 +226,7 @@ def score_cases(
     def images() -> Iterator[Image]:
         for case in cases:
             image = case_image(case)
-            masks.append(_mask(case, image, size))
+            masks.append(case_mask(case, image, size))
             yield image
 
     for row, (_, score, small_map) in enumerate(model.score_images(images())):
@@ -235,7 +235,7 @@ def score_cases(
     return scores, maps, masks
 
 
-def _mask(case: Case, image: Image, size: int) -> np.ndarray | None:
+def case_mask(case: Case, image: Image, size: int) -> np.ndarray | None:
     if case.masks:
         return resize_mask(read_mask(case.masks, size=image.size), (size, size))
     return np.zeros((size, size), dtype=bool) if case.label == NORMAL else None
