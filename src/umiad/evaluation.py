@@ -236,6 +236,7 @@ def score_cases(
 
 
 def case_mask(case: Case, image: Image, size: int) -> np.ndarray | None:
+    """The case's united mask, bool [size,size]; all False for a normal one without, None where nobody drew one."""
     if case.masks:
         return resize_mask(read_mask(case.masks, size=image.size), (size, size))
     return np.zeros((size, size), dtype=bool) if case.label == NORMAL else None
