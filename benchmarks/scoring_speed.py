@@ -64,6 +64,8 @@ def main() -> None:
     )
     parser.add_argument("--weights", default="random")
     parser.add_argument("--detectors", default=",".join(detectors.names()))
+    parser.add_argument("--preset", help="only this one (default: those that Table 3 shows)")
+    parser.add_argument("--out", type=Path, default=TARGET, help="speed_scoring*.json; no row in two files")
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--repeats", type=int, default=REPEATS)
     options = parser.parse_args()
@@ -71,7 +73,7 @@ def main() -> None:
     found: dict[str, Detector] = {
         title(name, preset): fitted(name, weights, options.size, preset=preset)
         for name in options.detectors.split(",")
-        for preset in presets(name)
+        for preset in ([options.preset] if options.preset else presets(name))
     }
     single, batched = (
         ratios(found, options.size, batch, repeats=max(3, options.repeats // batch)) for batch in BATCHES
@@ -95,7 +97,7 @@ def main() -> None:
         "weights": next(iter(found.values())).config.weights,
         "detectors": rows,
     }
-    TARGET.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    options.out.write_text(json.dumps(facts, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     for name, each in rows.items():
         print(f"{name:18} {each['ratio']:6.2f}, batch 8: {each['ratio_batch8']:6.2f} times the encoder")
 
