@@ -101,7 +101,7 @@ def main() -> None:
         rows = [int(k) for k in np.lexsort((np.arange(len(wrong)), -wrong))[:WORST]]
         lines = [facts(test, row, float(wrong[row])) for row in rows]
         reference = float(np.quantile(test.maps[test.labels == 0], 0.999))
-        picture(test, rows, lines, reference).save(IMAGES / f"misses-{name}.png", optimize=True)
+        picture(test, rows, lines, reference).quantize(128).save(IMAGES / f"misses-{name}.png", optimize=True)
         known = {"dataset": name, "seed": 0, "weights": detector.config.weights, "commit": CODE}
         write(RESULTS / f"misses-{name}.json", {**known, "rows": lines})
 
