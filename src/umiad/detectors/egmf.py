@@ -30,7 +30,7 @@ class EGMF:
 
     - "paper": the network with the published constants, for reproduction (`umiad.detectors.egmf_network`);
     - "default": affine flows, fitted in closed form (`umiad.detectors.egmf_affine`). Chosen on normal images
-      only (docs/decisions/0005), and ahead of the network on every set;
+      only (docs/decisions/0005); outlines far better than the network, and detects at least as well (docs/results.md);
     - "quick": the same without the mirrored image: half the time to score, weaker where the two sides of the body
       should look alike.
     """
