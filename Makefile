@@ -52,6 +52,9 @@ bench: setup
 tables: setup
 ifdef RUN
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/table3.toml benchmarks/foundation.toml
+	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/win.toml
+	for name in proxy ideas learning_curve worst_misses limits; do \
+	  $(BIN)/python benchmarks/$$name.py --data "$(DATA)" --weights "$(WEIGHTS)" || exit 1; done
 endif
 	$(BIN)/python benchmarks/tables.py
 

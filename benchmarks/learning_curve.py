@@ -70,6 +70,8 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
     parser.add_argument("--detectors", default="egmf,posgauss", help="names with commas between")
     options = parser.parse_args()
+    if (target := RESULTS / "learning_curve-busi.json").exists():
+        return
     dataset, rows = load_data(options.data / "busi"), []
     with RichReporter(Console(stderr=True)) as reporter:
         splits: dict[int, Split] = {
@@ -104,7 +106,7 @@ def main() -> None:
                 "size": probe.config.size,
                 "commit": CODE,
             }
-            write(RESULTS / "learning_curve-busi.json", {**facts, "rows": rows})
+            write(target, {**facts, "rows": rows})
 
 
 if __name__ == "__main__":

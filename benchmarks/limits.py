@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with busi, brain_mri, head_ct")
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
     options = parser.parse_args()
+    if (target := RESULTS / "limits.json").exists():
+        return
     rows = {}
     for name in ("head_ct", "brain_mri", "busi"):
         dataset = load_data(options.data / name)
@@ -74,7 +76,7 @@ def main() -> None:
             "folds": values,
             "n": len(labels),
         }
-    write(RESULTS / "limits.json", {"rows": rows, "strength": STRENGTH, "commit": CODE})
+    write(target, {"rows": rows, "strength": STRENGTH, "commit": CODE})
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def main() -> None:
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
     options = parser.parse_args()
     for name in options.sets:
+        if (target := RESULTS / f"misses-{name}.json").exists():
+            continue
         dataset = load_data(options.data / name)
         with RichReporter(Console(stderr=True)) as reporter:
             detector = build("egmf", weights=options.weights)
@@ -103,7 +105,7 @@ def main() -> None:
         reference = float(np.quantile(test.maps[test.labels == 0], 0.999))
         picture(test, rows, lines, reference).quantize(128).save(IMAGES / f"misses-{name}.png", optimize=True)
         known = {"dataset": name, "seed": 0, "weights": detector.config.weights, "commit": CODE}
-        write(RESULTS / f"misses-{name}.json", {**known, "rows": lines})
+        write(target, {**known, "rows": lines})
 
 
 if __name__ == "__main__":

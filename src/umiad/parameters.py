@@ -36,9 +36,9 @@ def parameter_table(*, size: int = 256, preset: str = "paper") -> list[dict[str,
         rows.append(
             {
                 "name": name,
-                "summary": cls.info.summary,
-                "reference": cls.info.reference,
-                "fidelity": cls.info.fidelity,
+                "summary": detector.info.summary,
+                "reference": detector.info.reference,
+                "fidelity": detector.info.fidelity,
                 "presets": sorted(cls.presets),
                 "preset": preset,
                 "size": size,

@@ -15,7 +15,7 @@ from umiad.types import Scores
 
 @dataclass(frozen=True)
 class DetectorInfo:
-    """Facts about a detector that do not depend on its configuration.
+    """Facts about a detector, or about one of its designs, that do not depend on other settings.
 
     `fidelity` "paper" = the published method, "adapted" = no one-class detector in its own paper.
     `closed_form` detectors collect statistics and finish; they have no gradients and no epochs. `uses_seed`,
