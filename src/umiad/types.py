@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,7 +20,11 @@ class Image:
     """One decoded image, upright, before any resizing.
 
     `pixels` float32 [C,H,W] in 0..1 with C = 1 (grey) or 3 (RGB); `mode` and `bits` tell how it was
-    stored (Pillow's mode name, bits per channel); `notes` are remarks a user should see.
+    stored (Pillow's mode name or DICOM's photometric interpretation, bits per channel); `notes` are remarks a
+    user should see. `spacing`: millimetres per pixel (down the rows, along the columns), None = unknown.
+    `frame`: number of the frame or slice, counted from 0, None where the file holds a single image.
+    `patient`: a token that is equal for images of one patient, "" = unknown; it is made with a key of this
+    process, means nothing outside of it and is never written anywhere.
     """
 
     pixels: np.ndarray
@@ -27,11 +32,41 @@ class Image:
     mode: str = "L"
     bits: int = 8
     notes: tuple[str, ...] = ()
+    spacing: tuple[float, float] | None = None
+    frame: int | None = None
+    patient: str = field(default="", repr=False)
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return self.pixels.shape[1], self.pixels.shape[2]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a volume's slices lie, so that a map can be written back in its place.
+
+    `shape`: voxels along the file's own three axes. `affine`: 4 x 4, voxel -> millimetres (RAS+), row by row.
+    `axis`: the anatomical direction the slices are taken along.
+    """
+
+    shape: tuple[int, int, int]
+    affine: tuple[float, ...]
+    axis: Literal["axial", "coronal", "sagittal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """The images of one opened file; frames are decoded when they are asked for.
+
+    `frame(k)`, k in 0..count-1, raises InputError. `single` says that the file is one image by nature (then
+    `Image.frame` is None); a volume of one slice is not. `geometry` for volumes only.
+    """
+
+    count: int
+    frame: Callable[[int], Image]
+    single: bool = True
+    geometry: Geometry | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from umiad.errors import InputError
 from umiad.io import raster
+from umiad.io.source import Limits, Source
 from umiad.types import Image
 
 __all__ = ["RASTER_SUFFIXES", "Limits", "looks_like_image", "read_image", "read_mask"]
@@ -26,22 +26,9 @@ _HEAD_BYTES = 352  # a NIfTI-1 header with its magic number, the longest that is
 _BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes of the known versions of the second BMP header
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Ceilings for one file, checked before it is read or decoded.
-
-    `max_bytes`: size of the file. `max_pixels`: width times height as declared in the header (Pillow's own
-    ceiling, 178,956,970 pixels, holds too). `min_edge`: shortest edge in pixels.
-    """
-
-    max_bytes: int = 64 * 2**20
-    max_pixels: int = 40_000_000
-    min_edge: int = 1
-
-
 DEFAULT_LIMITS = Limits()
 
-Reader = Callable[[bytes, raster.Source], Image]
+Reader = Callable[[bytes, Source], Image]
 
 _READERS: Mapping[str, Reader] = MappingProxyType(
     {
@@ -113,7 +100,7 @@ def looks_like_image(path: Path) -> bool:
         return False
 
 
-def _load(path: str | os.PathLike[str], limits: Limits) -> tuple[bytes, raster.Source]:
+def _load(path: str | os.PathLike[str], limits: Limits) -> tuple[bytes, Source]:
     """Read a file of a known kind. Raises InputError."""
     content = _read_bytes(path, limit=limits.max_bytes)
     kind = _kind(content[:_HEAD_BYTES])
@@ -121,7 +108,7 @@ def _load(path: str | os.PathLike[str], limits: Limits) -> tuple[bytes, raster.S
         found = f"is a {kind} file" if kind else "is of no known image format"
         hint = "convert it to PNG" if kind else "check that it is an image and not damaged"
         raise InputError(path, f"{found}; this version reads {READABLE}", hint)
-    return content, raster.Source(os.fspath(path), kind, limits.max_pixels, limits.min_edge)
+    return content, Source(os.fspath(path), kind, limits)
 
 
 def _read_bytes(path: str | os.PathLike[str], *, limit: int | None, count: int = -1) -> bytes:

@@ -21,6 +21,7 @@ import PIL.Image
 from PIL.Image import Transpose
 
 from umiad.errors import InputError
+from umiad.io.source import Source
 from umiad.types import Image
 
 _EXIF_ORIENTATION = 0x0112
@@ -36,16 +37,6 @@ _UPRIGHT = {
 _MOST_FRAMES = 1000  # frames are counted one by one, and only for a message
 _LABEL_CEILING = 0.1  # a mask whose brightest pixel is darker than this holds label numbers
 _WARNINGS_LOCK = threading.Lock()  # warnings.catch_warnings changes a setting of the whole process
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is known of a file before it is decoded: its name, its kind and the ceilings for it."""
-
-    name: str
-    kind: str
-    max_pixels: int
-    min_edge: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,15 +130,16 @@ def _notes(messages: list[str], mode: str, bits: int, source: Source) -> tuple[s
 
 def _check_header(picture: PIL.Image.Image, source: Source) -> None:
     width, height = picture.size
-    if width * height > source.max_pixels:
+    if width * height > source.limits.max_pixels:
         raise InputError(
             source.name,
-            f"declares {width} x {height} = {width * height} pixels, the ceiling is {source.max_pixels}",
+            f"declares {width} x {height} = {width * height} pixels, the ceiling is {source.limits.max_pixels}",
             "export it smaller, or raise max_pixels",
         )
-    if min(width, height) < source.min_edge:
+    if min(width, height) < source.limits.min_edge:
         raise InputError(
-            source.name, f"has {height} x {width} pixels, expected at least {source.min_edge} on each edge"
+            source.name,
+            f"has {height} x {width} pixels, expected at least {source.limits.min_edge} on each edge",
         )
     if (frames := _frames(picture)) > 1:
         count = f"{frames}" if frames < _MOST_FRAMES else f"at least {frames}"
