@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 import socket
 import struct
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 
 from make import grey_array, grey_png, mask_png, save_array
 from umiad.errors import InputError
-from umiad.io import Limits, looks_like_image, raster, read_image, read_mask
+from umiad.io import Limits, kind_of_file, looks_like_image, raster, read_image, read_mask
 from umiad.types import Image
 
 CORPORA = Path(__file__).resolve().parents[2] / "shared" / "corpora"
 STEP8 = 1 / 255  # one step of 8 bits; decoding must be better than that
+HERE = Limits(isolated=False)  # decode in this process, where a test can put faults
 EXACT = 1e-6  # float32 rounding of values in 0..1
 
 
@@ -270,7 +272,7 @@ def test_exif_that_makes_the_decoder_fail_counts_as_upright(
 
     path = grey_png(tmp_path / "a.png", (40, 50))
     monkeypatch.setattr(PIL.Image.Image, "getexif", broken)
-    image = read_image(path)
+    image = read_image(path, limits=HERE)
     assert image.size == (40, 50)
     assert any("taken as upright" in note for note in image.notes)
 
@@ -294,16 +296,23 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "kind"),
     [
-        (bytes(128) + b"DICM" + bytes(300), "a DICOM file"),
-        (b"II*\0" + bytes(124) + b"DICM" + bytes(300), "a DICOM file"),
-        (struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(10), "a NIfTI file"),
-        (struct.pack("<i", 540) + b"n+2\0\r\n\x1a\n" + bytes(540), "a NIfTI file"),
-        (b"\x1f\x8b\x08" + bytes(30), "a gzip file"),
+        (bytes(128) + b"DICM" + bytes(300), "DICOM"),
+        (b"II*\0" + bytes(124) + b"DICM" + bytes(300), "DICOM"),
+        (struct.pack("<HHcc", 8, 5, b"C", b"S") + struct.pack("<H", 10) + b"ISO_IR 100", "DICOM"),
+        (struct.pack("<HHI", 8, 0, 4) + bytes(12), "DICOM"),
+        (struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(10), "NIfTI"),
+        (struct.pack("<i", 540) + b"n+2\0\r\n\x1a\n" + bytes(540), "NIfTI"),
+        (gzip.compress(struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(10)), "NIfTI.gz"),
+        (gzip.compress(b"hello"), "gzip"),
+        (b"\x1f\x8b\x08" + bytes(30), "gzip"),
+        (b"\x08\x00 is how this text starts", ""),
     ],
 )
-def test_other_medical_formats_are_named(tmp_path: Path, content: bytes, kind: str) -> None:
+def test_I13_content_decides_what_a_file_is(tmp_path: Path, content: bytes, kind: str) -> None:
     path = stored(tmp_path / "scan.png", content)
-    with pytest.raises(InputError, match=f"is {kind}; this version reads PNG, JPEG, TIFF and BMP"):
+    assert kind_of_file(path) == kind
+    named = kind.removesuffix(".gz") if kind not in ("", "gzip") else "is a gzip file|no known image format"
+    with pytest.raises(InputError, match=named):
         read_image(path)
 
 
@@ -320,7 +329,8 @@ def test_looks_like_image(tmp_path: Path) -> None:
     assert looks_like_image(tmp_path / "missing.tiff")
     assert looks_like_image(stored(tmp_path / "noname", encoded(PIL.Image.new("L", (4, 4)), "BMP")))
     assert not looks_like_image(stored(tmp_path / "notes.txt", b"hello"))
-    assert not looks_like_image(stored(tmp_path / "scan", bytes(128) + b"DICM" + bytes(300)))
+    assert looks_like_image(stored(tmp_path / "scan", bytes(128) + b"DICM" + bytes(300)))
+    assert looks_like_image(tmp_path / "missing.nii.gz")
     assert not looks_like_image(stored(tmp_path / "empty", b""))
     assert not looks_like_image(tmp_path / "missing")
     (tmp_path / "folder.png").mkdir()
@@ -447,7 +457,7 @@ def test_counting_frames_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyP
     frame = PIL.Image.new("L", (4, 4))
     content = encoded(frame, "TIFF", save_all=True, append_images=[frame] * 6)
     with pytest.raises(InputError, match="at least 3 frames"):
-        read_image(stored(tmp_path / "a.tif", content))
+        read_image(stored(tmp_path / "a.tif", content), limits=HERE)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
@@ -499,7 +509,7 @@ def test_whatever_a_decoder_raises_becomes_one_input_error(
     path = grey_png(tmp_path / "a.png")
     monkeypatch.setattr(PIL.Image.Image, "load", broken)
     with pytest.raises(InputError) as caught:
-        read_image(path)
+        read_image(path, limits=HERE)
     assert caught.value.path == str(path)
     assert caught.value.reason
     assert caught.value.hint
@@ -516,7 +526,7 @@ def test_a_truncated_tiff_directory_is_refused(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(PIL.Image.Image, "getexif", warned)
     with pytest.raises(InputError, match="truncated TIFF"):
-        read_image(path)
+        read_image(path, limits=HERE)
 
 
 @settings(max_examples=150, deadline=None)

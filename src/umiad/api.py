@@ -9,17 +9,18 @@ from typing import Any
 
 from umiad import detectors
 from umiad import weights as backbones
+from umiad.cases import expand
 from umiad.config import check_size
 from umiad.data import list_images
 from umiad.detectors.contract import Detector
-from umiad.duplicates import file_sha256
+from umiad.duplicates import case_sha256
 from umiad.errors import InputError
 from umiad.evaluation import Evaluation, evaluate_model
 from umiad.fitted import FittedModel, load
-from umiad.fitting import Data, FitOptions, Reporter, fit_model
-from umiad.inputs import ImageInput, iter_images
+from umiad.fitting import Data, FitOptions, Reporter, case_image, fit_model
+from umiad.inputs import ImageInput
 from umiad.splits import Split
-from umiad.types import Finding
+from umiad.types import Case, FileOptions, Finding
 
 __all__ = [
     "Evaluation",
@@ -105,17 +106,23 @@ def score(model: FittedModel, images: ImageInput, *, min_area: int = 1) -> list[
 
 
 def calibrate(
-    model: FittedModel, normals: str | os.PathLike[str] | Sequence[Path], *, fpr: float = 0.05
+    model: FittedModel,
+    normals: str | os.PathLike[str] | Sequence[Path],
+    *,
+    fpr: float = 0.05,
+    files: FileOptions | None = None,
 ) -> FittedModel:
     """A model whose thresholds come from a site's own normal images, without refitting.
 
     `normals`: a folder or files, all normal. `fpr`: the false-positive rate the threshold keeps, bounded from
-    below by 1 / (n + 1). Raises InputError when there are none, when one cannot be read or was fitted on.
+    below by 1 / (n + 1). `files` as in `evaluate`. Raises InputError when there are none, when one cannot be read
+    or was fitted on.
     """
     given = [normals] if isinstance(normals, (str, os.PathLike)) else list(normals)
-    files, _ = list_images(given)
-    images = (image for file in files for image in iter_images(file))
-    return model.calibrated(images, [file_sha256(file) for file in files], fpr=fpr)
+    options = model.file_options(files)
+    found, _ = list_images(given, follow=options.follow)
+    cases = expand((Case(file) for file in found), options)
+    return model.calibrated(map(case_image, cases), map(case_sha256, cases), fpr=fpr)
 
 
 def evaluate(
@@ -124,10 +131,11 @@ def evaluate(
     *,
     n_resamples: int = 1000,
     seed: int = 0,
+    files: FileOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Metrics with 95 % intervals on the test part of `data`. See `umiad.evaluation.evaluate_model`."""
-    return evaluate_model(model, data, n_resamples=n_resamples, seed=seed, reporter=reporter)
+    return evaluate_model(model, data, n_resamples=n_resamples, seed=seed, files=files, reporter=reporter)
 
 
 def save(model: FittedModel, path: str | os.PathLike[str]) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from umiad import detectors
+from umiad.cases import case_masks
 from umiad.charts import roc_chart
 from umiad.comparison_result import (
     BETTER,
@@ -26,7 +27,6 @@ from umiad.comparison_result import (
 from umiad.diskfile import write_atomic
 from umiad.errors import DiskError
 from umiad.fitting import case_image
-from umiad.io import read_mask
 from umiad.overlay import draw_image, draw_overlay, png_bytes
 from umiad.preprocess import resize_map
 from umiad.report import (
@@ -335,14 +335,14 @@ def _without_maps(comparison: Comparison) -> list[str]:
 def _exhibit_title(exhibit: Exhibit) -> str:
     kind = exhibit.case.kind or ("abnormal" if exhibit.case.label else "normal")
     lesion = "" if exhibit.lesion is None else f", lesion {percent(exhibit.lesion)} % of the image"
-    return f"{exhibit.case.path.name} ({kind}{lesion})"
+    return f"{exhibit.case.alias or exhibit.case.path.name} ({kind}{lesion})"
 
 
 def _gallery(comparison: Comparison, number: int) -> dict[str, Picture]:
     """One test image and its overlay by every detector that localises: name of the file -> picture."""
     exhibit = comparison.gallery[number]
     image = case_image(exhibit.case)
-    mask = read_mask(exhibit.case.masks, size=image.size) if exhibit.case.masks else None
+    mask = case_masks(exhibit.case, image.size) if exhibit.case.masks else None
     drawn = [("original", draw_image(image, mask=mask), "")]
     for each in comparison.results:
         if not each.info.localises:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from umiad.errors import ConfigError
+from umiad.types import Reading
 
 SIZE_STEP, SIZE_MIN = 32, 64
 
@@ -70,7 +71,8 @@ class Preprocessing(Config):
     and repeats it (colour gives the label away in public sets), "rgb" keeps colour. `intensity`: "full"
     maps the stored range to 0..1, "percentile" the 1st to 99th percentile of each image. `equalise`: every
     image is first reduced to that edge by area averaging and brought back up, so that file size and sharpness
-    cannot give labels away; None = off. `mean`, `std`: ImageNet's, per channel.
+    cannot give labels away; None = off. `mean`, `std`: ImageNet's, per channel. `reading`: how grey values are
+    taken from medical files, `frames`: which of their frames or slices were fitted (see `FileOptions`).
     """
 
     size: int = 256
@@ -79,6 +81,8 @@ class Preprocessing(Config):
     equalise: int | None = Field(default=None, ge=32)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    reading: Reading = Reading()
+    frames: str = "one"
 
     @field_validator("size")
     @classmethod
@@ -109,13 +113,13 @@ class DetectorConfig(Config):
     """What every detector's configuration has; each detector adds its own fields.
 
     `size` is the input's edge in pixels, `seed` governs initial weights, permutations, channel draws and
-    the order of batches, `backbone` is the frozen network, `weights` the label of its weights. `sigma` is
-    the standard deviation in pixels of the Gaussian that smooths the anomaly map (0 = none).
+    the order of batches, `backbone` is the frozen network ("resnet-tiny" is for tests), `weights` the label of
+    its weights. `sigma` is the standard deviation in pixels of the Gaussian that smooths the anomaly map (0 = none).
     """
 
     size: int = 256
     seed: int = Field(default=0, ge=0)
-    backbone: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet-tiny"] = "resnet18"
     weights: str = "random"
     sigma: float = Field(default=0.0, ge=0)
     preset: str = "default"

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from umiad.cases import expand
 from umiad.config import nearest
 from umiad.errors import InputError
-from umiad.io import looks_like_image
-from umiad.types import ABNORMAL, NORMAL, Case
+from umiad.types import ABNORMAL, NORMAL, Case, FileOptions, framed
+from umiad.walk import Walk, natural_key
 
 NORMAL_KINDS = frozenset({"normal", "no", "good", "healthy", "ok"})
 ABNORMAL_KINDS = frozenset(
@@ -25,7 +26,6 @@ ABNORMAL_KINDS = frozenset(
 )
 KIND_OF = {NORMAL: "normal", ABNORMAL: "abnormal", None: "unknown"}
 MASK_FOLDERS = frozenset({"masks", "mask", "ground_truth"})
-FOREIGN_SUFFIXES = (".dcm", ".nii", ".nii.gz")  # images, though not readable yet: reported, never passed over
 COLUMNS = ("path", "label", "mask", "patient", "split")
 LAYOUTS = (
     "normal/ and abnormal/ folders (or benign, malignant, yes, no, hemorrhage, ...; masks beside the images "
@@ -42,9 +42,10 @@ PAPER_FOLDERS = {
 PAPER_TRAIN = {"busi": (99, 133), "brain_mri": (88, 98), "head_ct": (90, 100)}
 GENERIC_TRAIN = (80, 100)
 
+DEFAULT_FILES = FileOptions()
+
 _MASK_NAME = re.compile(r"^(?P<stem>.+?)_mask(_\d+)?$", re.IGNORECASE)
 _NUMBERED = re.compile(r"^(?P<stem>.+)_\d+$")
-_DIGITS = re.compile(r"([0-9]+)")
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,13 @@ class DataSet:
     def name_of(self, case: Case) -> str:
         r"""The case's path relative to the root, with forward slashes: the same on every machine.
 
-        Bytes of a file name that are no UTF-8 become `\xNN`.
+        Bytes of a file name that are no UTF-8 become `\xNN`. A case with an alias is called by it; frame k of
+        a file is `name#k`.
         """
+        return framed(case.alias or self.path_of(case), case.frame)
+
+    def path_of(self, case: Case) -> str:
+        """The path relative to the root in any case, for looking up what users wrote down."""
         relative = Path(os.path.relpath(case.path, self.root)).as_posix()
         return os.fsencode(relative).decode("utf-8", errors="backslashreplace")
 
@@ -84,7 +90,7 @@ class DataSet:
         return min(max(count, 1), max(total - 1, 1)) if total else 0
 
 
-def load_data(path: str | os.PathLike[str]) -> DataSet:
+def load_data(path: str | os.PathLike[str], *, files: FileOptions = DEFAULT_FILES) -> DataSet:
     """Read a data set's structure from a folder, or from a manifest if `path` is a .csv file.
 
     Raises:
@@ -95,27 +101,32 @@ def load_data(path: str | os.PathLike[str]) -> DataSet:
         raise InputError(root, "does not exist, expected a folder or a .csv file", "check the spelling")
     if root.is_file():
         if root.suffix.lower() == ".csv":
-            return _load_csv(root)
+            data = _load_csv(root)
+            return replace(data, cases=expand(data.cases, files))
         raise InputError(
             root, "is a single file, expected a folder or a .csv file", "give the folder it lies in"
         )
-    found = _Found(root)
+    found = Walk(root, follow=files.follow)
     folders = {entry.name.lower(): entry for entry in found.folders_of(root)}
-    data = _load_mvtec(found, folders) or _load_classes(found, folders) or _load_flat(found)
-    if data is None:
+    data_set = _load_mvtec(found, folders) or _load_classes(found, folders) or _load_flat(found)
+    if data_set is None:
         raise InputError(root, f"unrecognised structure: {_describe(found)}", f"expected {LAYOUTS}")
-    if not data.cases:
+    if not data_set.cases:
         raise InputError(
-            root, f"has the structure '{data.layout}' but holds no images", f"expected {LAYOUTS}"
+            root, f"has the structure '{data_set.layout}' but holds no images", f"expected {LAYOUTS}"
         )
-    return replace(data, stray=tuple(found.stray), notes=data.notes + tuple(found.notes))
+    cases = expand(data_set.cases, files)
+    return replace(data_set, cases=cases, stray=tuple(found.stray), notes=data_set.notes + found.remarks())
 
 
-def list_images(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], list[Path]]:
+def list_images(
+    paths: Sequence[str | os.PathLike[str]], *, follow: bool = False, notes: list[str] | None = None
+) -> tuple[list[Path], list[Path]]:
     """Images and stray files under any mix of files and folders, each once, in natural order per folder.
 
     A file given explicitly is always taken. Folders are searched recursively; a `*_mask*` file whose image
-    lies beside it, and a file in a mask folder, is stray there.
+    lies beside it, and a file in a mask folder, is stray there. `follow` as in `FileOptions`; what was passed
+    over is appended to `notes`.
 
     Raises:
         InputError: a path that does not exist.
@@ -128,7 +139,7 @@ def list_images(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
         if not given.is_dir():
             images[given] = None
             continue
-        found = _Found(given)
+        found = Walk(given, follow=follow)
         files = list(found.images_under(given))
         beside = {(file.parent, _stem(file)) for file in files}
         for file in files:
@@ -137,14 +148,9 @@ def list_images(paths: Sequence[str | os.PathLike[str]]) -> tuple[list[Path], li
             is_mask = is_mask or bool(found.inside(file) & MASK_FOLDERS)
             (stray if is_mask else images)[file] = None
         stray.update(dict.fromkeys(found.stray))
+        if notes is not None:
+            notes.extend(found.remarks())
     return list(images), [file for file in stray if file not in images]
-
-
-def natural_key(path: str | os.PathLike[str]) -> tuple[object, ...]:
-    """Sort key under which "a2" comes before "a10", and equal-looking names keep a fixed order."""
-    text = Path(path).as_posix()
-    pieces = _DIGITS.split(text.lower())  # text, digits, text, ..., text
-    return tuple(int(piece) if index % 2 else piece for index, piece in enumerate(pieces)), text
 
 
 def _stem(path: Path) -> str:
@@ -153,69 +159,12 @@ def _stem(path: Path) -> str:
     return name[:-7] if name.lower().endswith(".nii.gz") else path.stem
 
 
-class _Found:
-    """Walks folders once, without following directory links; collects what is no image on the way."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.stray: list[Path] = []
-        self.notes: list[str] = []
-
-    def _entries(self, folder: Path) -> list[os.DirEntry[str]]:
-        try:
-            with os.scandir(folder) as entries:
-                return sorted(entries, key=lambda entry: natural_key(entry.name))
-        except OSError as error:
-            raise InputError(
-                folder, f"cannot be listed: {error.strerror}", "check the permissions"
-            ) from error
-
-    def folders_of(self, folder: Path) -> list[Path]:
-        """Direct sub-folders that may hold images; hidden ones and links are left out."""
-        names = [e.name for e in self._entries(folder) if e.is_dir(follow_symlinks=False)]
-        return [folder / name for name in names if not name.startswith((".", "__MACOSX"))]
-
-    def images_in(self, folder: Path) -> list[Path]:
-        """Images directly in `folder`; the other files there become stray."""
-        images = []
-        for entry in self._entries(folder):
-            path = folder / entry.name
-            if entry.is_dir(follow_symlinks=False):
-                continue
-            if entry.is_dir():
-                self.notes.append(f"{self.short(path)}: a link to a folder is not followed")
-            elif not entry.name.startswith(".") and entry.is_file() and _is_image(path):
-                images.append(path)
-            else:
-                self.stray.append(path)
-        return images
-
-    def images_under(self, folder: Path) -> Iterator[Path]:
-        """Images in `folder` and below."""
-        yield from self.images_in(folder)
-        for child in self.folders_of(folder):
-            yield from self.images_under(child)
-
-    def short(self, path: Path) -> str:
-        """The path relative to the root, for messages."""
-        return path.relative_to(self.root).as_posix()
-
-    def inside(self, path: Path) -> set[str]:
-        """Names of the folders between the root and the file, in lower case."""
-        return {part.lower() for part in path.relative_to(self.root).parts[:-1]}
-
-
-def _is_image(path: Path) -> bool:
-    """By content or suffix: a damaged `.png` must be reported as unreadable, not passed over."""
-    return path.name.lower().endswith(FOREIGN_SUFFIXES) or looks_like_image(path)
-
-
 def _label(kind: str) -> int | None:
     name = kind.strip().lower()
     return NORMAL if name in NORMAL_KINDS else ABNORMAL if name in ABNORMAL_KINDS else None
 
 
-def _load_mvtec(found: _Found, folders: dict[str, Path]) -> DataSet | None:
+def _load_mvtec(found: Walk, folders: dict[str, Path]) -> DataSet | None:
     """`train/good`, `test/<kind>`, `ground_truth/<kind>`: a test kind without a normal name is abnormal."""
     if not {"train", "test"} <= folders.keys():
         return None
@@ -233,7 +182,7 @@ def _load_mvtec(found: _Found, folders: dict[str, Path]) -> DataSet | None:
     return DataSet(found.root.resolve().name, "mvtec", found.root, _with_masks(found, cases, files))
 
 
-def _load_classes(found: _Found, folders: dict[str, Path]) -> DataSet | None:
+def _load_classes(found: Walk, folders: dict[str, Path]) -> DataSet | None:
     """One folder per class, at least one with a normal name; a folder of unknown name stays unlabelled."""
     labels = {name: _label(name) for name in folders.keys() - MASK_FOLDERS}
     if NORMAL not in labels.values():
@@ -255,7 +204,7 @@ def _load_classes(found: _Found, folders: dict[str, Path]) -> DataSet | None:
     return DataSet(title, layout, found.root, _with_masks(found, cases, masks))
 
 
-def _load_flat(found: _Found) -> DataSet | None:
+def _load_flat(found: Walk) -> DataSet | None:
     """Images directly in the folder: all are taken as normal, and said so."""
     images, masks = _apart(found, found.images_in(found.root))
     if not images:
@@ -268,7 +217,7 @@ def _load_flat(found: _Found) -> DataSet | None:
     return DataSet(found.root.resolve().name, "flat", found.root, _with_masks(found, cases, masks))
 
 
-def _loose(found: _Found, folder: Path) -> None:
+def _loose(found: Walk, folder: Path) -> None:
     """Note the images of a folder that should hold class folders only."""
     if images := found.images_in(folder):
         found.notes.append(
@@ -276,11 +225,11 @@ def _loose(found: _Found, folder: Path) -> None:
         )
 
 
-def _ignore(found: _Found, names: Iterable[str]) -> None:
+def _ignore(found: Walk, names: Iterable[str]) -> None:
     found.notes.extend(f"folder '{name}' is no part of this layout and was ignored" for name in sorted(names))
 
 
-def _apart(found: _Found, files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+def _apart(found: Walk, files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
     """Images and masks: a mask is named `*_mask` or `*_mask_N`, or lies in a mask folder."""
     images: list[Path] = []
     masks: list[Path] = []
@@ -290,7 +239,7 @@ def _apart(found: _Found, files: Iterable[Path]) -> tuple[list[Path], list[Path]
     return images, masks
 
 
-def _with_masks(found: _Found, cases: list[Case], masks: list[Path]) -> tuple[Case, ...]:
+def _with_masks(found: Walk, cases: list[Case], masks: list[Path]) -> tuple[Case, ...]:
     """Give every mask to its image, and sort the cases; masks without an image become one note."""
     by_stem: dict[str, list[int]] = {}
     for index, case in enumerate(cases):
@@ -309,7 +258,7 @@ def _with_masks(found: _Found, cases: list[Case], masks: list[Path]) -> tuple[Ca
     return tuple(sorted(united, key=lambda case: natural_key(case.path)))
 
 
-def _owner(found: _Found, mask: Path, cases: list[Case], by_stem: dict[str, list[int]]) -> int | None:
+def _owner(found: Walk, mask: Path, cases: list[Case], by_stem: dict[str, list[int]]) -> int | None:
     """The one image a mask belongs to: by stem, then class and folder names shared, then abnormal, test."""
     own = _stem(mask)
     stems = [own] + [match["stem"] for rule in (_MASK_NAME, _NUMBERED) if (match := rule.match(own))]
@@ -329,7 +278,7 @@ def _owner(found: _Found, mask: Path, cases: list[Case], by_stem: dict[str, list
     return winners[0] if len(winners) == 1 else None
 
 
-def _describe(found: _Found) -> str:
+def _describe(found: Walk) -> str:
     """What lies in the root, in a few words."""
     folders = [folder.name for folder in found.folders_of(found.root)]
     files = sorted({path.suffix.lower() or path.name for path in found.stray})

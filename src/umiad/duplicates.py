@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from umiad.cases import case_pixels
 from umiad.errors import InputError
-from umiad.io import read_image
 from umiad.preprocess import luminance
 from umiad.types import Case, Image
 
@@ -48,7 +48,7 @@ class Fingerprint:
 def fingerprint(source: Case | str | os.PathLike[str]) -> Fingerprint:
     """Decode one image and describe it. Raises InputError when it cannot be read."""
     case = source if isinstance(source, Case) else Case(Path(source))
-    image = case.image or read_image(case.path)
+    image = case_pixels(case)
     digest = case_sha256(case)
     grey = luminance(image.pixels)[0]
     thumbnail = _thumbnail(grey)
@@ -87,10 +87,15 @@ def fingerprints(
 
 
 def case_sha256(case: Case) -> str:
-    """Content hash of a case: of its file's bytes, or of its pixels where it never was a file."""
+    """Content hash of a case: of its file's bytes (and frame), or of its pixels where it never was a file."""
     if case.image is None:
-        return file_sha256(case.path)
+        return framed_sha256(file_sha256(case.path), case.frame)
     return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
+
+
+def framed_sha256(digest: str, frame: int | None) -> str:
+    """The hash of one frame: of its file's hash and its number; of a file with a single image, the file's."""
+    return digest if frame is None else hashlib.sha256(f"{digest}#{frame}".encode()).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:

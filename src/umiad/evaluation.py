@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from umiad.bootstrap import resample_scores
+from umiad.cases import case_masks
 from umiad.data import DataSet
 from umiad.duplicates import case_sha256
 from umiad.errors import InputError
 from umiad.fitted import FittedModel
 from umiad.fitting import Data, Reporter, Silent, as_dataset, case_image
-from umiad.io import read_mask
 from umiad.metrics import UndefinedMetric, pro_curve, roc_points
 from umiad.preprocess import resize_mask
 from umiad.scoring import common
-from umiad.types import ABNORMAL, NORMAL, Case, Image, Scores
+from umiad.types import ABNORMAL, NORMAL, Case, FileOptions, Image, Scores
 
 EXAMPLES = 6
 """Abnormal and normal images each that a report shows of the best and of the worst cases."""
@@ -118,6 +118,7 @@ def evaluate_model(
     *,
     n_resamples: int = 1000,
     seed: int = 0,
+    files: FileOptions | None = None,
     reporter: Reporter | None = None,
 ) -> Evaluation:
     """Score the test part of `data` and compute every metric with its 95 % interval.
@@ -125,15 +126,22 @@ def evaluate_model(
     The test part is the official one where the data has it, else the one of the split stored in the
     model (by content hash), else, for data the model never saw, all of it. Raises InputError when an image
     that shaped the model (fitted, held out or calibrated on) is in the test part, or when it is empty.
+    `files`: how files are found and which frames are taken (as fitting did, where None); windows are the model's.
     """
     reporter = reporter or Silent()
-    test = score_test(model, data, reporter=reporter)
+    test = score_test(model, data, files=files, reporter=reporter)
     return judge(model, test, n_resamples=n_resamples, seed=seed, reporter=reporter)
 
 
-def score_test(model: FittedModel, data: Data, *, reporter: Reporter | None = None) -> ScoredTest:
+def score_test(
+    model: FittedModel,
+    data: Data,
+    *,
+    files: FileOptions | None = None,
+    reporter: Reporter | None = None,
+) -> ScoredTest:
     """Score the test part of `data`; which that is and what is raised: see `evaluate_model`."""
-    cases, groups, rule, notes = _test_part(model, as_dataset(data))
+    cases, groups, rule, notes = _test_part(model, as_dataset(data, model.file_options(files)))
     scores, maps, masks = score_cases(model, cases, reporter=reporter)
     return ScoredTest(cases, groups, rule, notes, scores, maps, masks)
 
@@ -225,7 +233,7 @@ def score_cases(
 
     def images() -> Iterator[Image]:
         for case in cases:
-            image = case_image(case)
+            image = case_image(replace(case, reading=model.config.preprocessing.reading))
             masks.append(case_mask(case, image, size))
             yield image
 
@@ -238,7 +246,7 @@ def score_cases(
 def case_mask(case: Case, image: Image, size: int) -> np.ndarray | None:
     """The case's united mask, bool [size,size]; all False for a normal one without, None where nobody drew one."""
     if case.masks:
-        return resize_mask(read_mask(case.masks, size=image.size), (size, size))
+        return resize_mask(case_masks(case, image.size), (size, size))
     return np.zeros((size, size), dtype=bool) if case.label == NORMAL else None
 
 

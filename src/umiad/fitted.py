@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from umiad.features import device_of
 from umiad.inputs import ImageInput, iter_images
 from umiad.preprocess import original_size, resize_map, to_input
 from umiad.splits import Split
-from umiad.types import Finding, Image, Scores
+from umiad.types import FileOptions, Finding, Image, Scores
 
 BATCH_SIZE = 8
 
@@ -85,14 +86,21 @@ class FittedModel:
     def score(self, images: ImageInput, *, min_area: int = 1) -> list[Finding]:
         """One `Finding` per image, in order; higher `image_score` = more anomalous.
 
-        `images`: a path, an array [H,W], [H,W,C] or [N,H,W] (uint8 0..255, uint16 0..65535, float 0..1), or a
+        `images`: a path (all frames or slices of a file of several), an array [H,W], [H,W,C] or [N,H,W] (uint8 0..255, uint16 0..65535, float 0..1), or a
         sequence of these of mixed sizes. Maps, boxes and areas are in the original image's pixels; regions
         smaller than `min_area` pixels are left out. Raises InputError for what cannot be used.
         """
         return [
             self.finding(image, value, small_map, min_area=min_area)
-            for image, value, small_map in self.score_images(iter_images(images))
+            for image, value, small_map in self.score_images(iter_images(images, reading=self.config.preprocessing.reading))
         ]
+
+    def file_options(self, files: FileOptions | None = None) -> FileOptions:
+        """How this model's files are opened: read as those it was fitted on; the rest as `files` says."""
+        preprocessing = self.config.preprocessing
+        if files is None:
+            return FileOptions(frames=preprocessing.frames, reading=preprocessing.reading)
+        return dataclasses.replace(files, reading=preprocessing.reading)
 
     def score_images(self, images: Iterable[Image]) -> Iterator[tuple[Image, float, np.ndarray]]:
         """Yield (image, image_score, anomaly_map [S,S] at the model's size), a batch of 8 at a time."""
@@ -123,7 +131,8 @@ class FittedModel:
         """Turn raw scores into a finding in the original image's pixels."""
         anomaly_map = resize_map(small_map, image.size)
         calibration, notes = self.config.calibration, image.notes
-        return make_finding(image.name, image_score, anomaly_map, calibration, min_area=min_area, notes=notes)
+        found = make_finding(image.name, image_score, anomaly_map, calibration, min_area=min_area, notes=notes)
+        return dataclasses.replace(found, frame=image.frame, spacing=image.spacing)
 
     def calibrated(self, images: Iterable[Image], hashes: Iterable[str], *, fpr: float) -> FittedModel:
         """A copy whose thresholds come from other normal images; the fitted detector is shared.

@@ -17,17 +17,18 @@ import umiad
 from umiad import modelfile
 from umiad.calibration import fit_calibration
 from umiad.config import Config, Preprocessing
-from umiad.data import DataSet, load_data
+from umiad.cases import case_pixels
+from umiad.data import DEFAULT_FILES, DataSet, load_data
 from umiad.detectors.contract import Detector
 from umiad.duplicates import Fingerprint, fingerprints
 from umiad.errors import InputError
 from umiad.features import MEMORY_LIMIT, FeatureCache, Item
 from umiad.fitted import FittedModel, SavedConfig
-from umiad.inputs import iter_images, usable_image
+from umiad.inputs import iter_images
 from umiad.preprocess import check_usable, original_size, to_input
 from umiad.splits import Split, make_split
 from umiad.training import LOG, Row, TrainingRun, train
-from umiad.types import NORMAL, Case, Image
+from umiad.types import NORMAL, Case, FileOptions, Image
 from umiad.workfolder import WorkFolder
 
 Data: TypeAlias = str | os.PathLike[str] | DataSet | np.ndarray | Sequence[np.ndarray]
@@ -38,7 +39,8 @@ class FitOptions(Config):
 
     `holdout`: share of the training normals set aside for the threshold (0 = none). `fpr`: false-positive
     rate of the threshold. `on_error` "fail" refuses unreadable files, "skip" leaves them out and names them.
-    `equalise`: see `Preprocessing`. `memory_limit`: bytes of features kept in memory before they go to disk.
+    `equalise`: see `Preprocessing`. `files`: how files are found and opened. `memory_limit`: bytes of features kept
+    in memory before they go to disk.
     """
 
     holdout: float = Field(default=0.2, ge=0, lt=0.9)
@@ -49,6 +51,7 @@ class FitOptions(Config):
     equalise: int | None = Field(default=None, ge=32)
     on_error: Literal["fail", "skip"] = "fail"
     device: str = "auto"
+    files: FileOptions = FileOptions()
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
 
 
@@ -130,14 +133,17 @@ def fit_model(
     reporter = reporter or Silent()
     if out is not None:
         modelfile.check_target(out)
+    dataset = as_dataset(data, options.files)
     preprocessing = Preprocessing(
         size=detector.config.size,
         colour=options.colour,
         intensity=options.intensity,
         equalise=options.equalise,
+        reading=next((case.reading for case in dataset.cases), options.files.reading),
+        frames=options.files.frames,
     )
     job = _Job(detector, replace_device(options), preprocessing, reporter)
-    dataset, prints = _readable(as_dataset(data), job)
+    dataset, prints = _readable(dataset, job)
     split = _split(dataset, prints, options, groups)
     by_hash = {each.sha256: case for each, case in zip(prints, dataset.cases, strict=True)}
     material = _Material(dataset, split, by_hash)
@@ -155,23 +161,22 @@ def replace_device(options: FitOptions) -> FitOptions:
     return options.model_copy(update={"device": resolve_device(options.device)})
 
 
-def as_dataset(data: Data) -> DataSet:
-    """A data set from a path, or from arrays that are all taken as normal."""
+def as_dataset(data: Data, files: FileOptions = DEFAULT_FILES) -> DataSet:
+    """A data set from a path, opened as `files` says, or from arrays that are all taken as normal."""
     if isinstance(data, DataSet):
         return data
     if isinstance(data, (str, os.PathLike)):
-        return load_data(data)
+        return load_data(data, files=files)
     images = list(iter_images(data, name="normal"))
     cases = tuple(Case(path=Path(image.name), label=NORMAL, kind="normal", image=image) for image in images)
     return DataSet(name="arrays", layout="arrays", root=Path(), cases=cases, stray=(), notes=())
 
 
 def case_image(case: Case) -> Image:
-    """The pixels of a case, read from its file or held in memory. Raises InputError."""
-    if case.image is None:
-        return usable_image(case.path)
-    check_usable(case.image)
-    return case.image
+    """The pixels of a case, large enough to be scored. Raises InputError."""
+    image = case_pixels(case)
+    check_usable(image)
+    return image
 
 
 def split_data(dataset: DataSet, *, seed: int, holdout: float, reporter: Reporter) -> Split:

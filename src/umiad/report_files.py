@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from umiad.cases import case_masks
 from umiad.charts import pro_chart, roc_chart, score_histogram
 from umiad.errors import DiskError
 from umiad.evaluation import Evaluation
 from umiad.fitted import FittedModel
 from umiad.fitting import case_image
-from umiad.io import read_mask
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
 from umiad.report import Picture, evaluation_page, p_text
 from umiad.types import Case
@@ -59,8 +59,8 @@ def _picture(model: FittedModel, case: Case) -> Picture:
     [(_, score, small_map)] = model.score_images([image])
     finding = model.finding(image, score, small_map)
     scale = colour_scale(calibration.map_threshold if calibration else None, model.config.map_reference)
-    mask = read_mask(case.masks, size=image.size) if case.masks else None
+    mask = case_masks(case, image.size) if case.masks else None
     overlay = draw_overlay(image, finding.anomaly_map, scale=scale, regions=finding.regions, mask=mask)
     p_value = "" if finding.p_value is None else f", p = {p_text(finding.p_value)}"
     kind = case.kind or ("abnormal" if case.label else "normal")
-    return Picture(f"{case.path.name} ({kind})", png_bytes(overlay), f"score {score:.5g}{p_value}")
+    return Picture(f"{case.alias or case.path.name} ({kind})", png_bytes(overlay), f"score {score:.5g}{p_value}")

@@ -212,6 +212,8 @@ def _draft(
         rows.append((data.name_of(case), case, each))
     rows.sort(key=lambda row: row[0])
     names = [name for name, _, _ in rows]
+    given = {data.path_of(case): name for name, case, _ in rows if case.frame is None}
+    groups = {given.get(name, name): group for name, group in groups.items()}  # aliased files go by their path too
     if unknown := sorted(groups.keys() - set(names)):
         reason = f"{len(unknown)} names in the groups are not in the data, the first is {unknown[0]!r}"
         raise InputError(

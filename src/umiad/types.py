@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NORMAL, ABNORMAL = 0, 1
+Window: TypeAlias = Literal["file", "full", "percentile"] | tuple[float, float]
+Axis: TypeAlias = Literal["axial", "coronal", "sagittal"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,40 @@ class Image:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How grey values are taken from medical files; part of a saved model, so that scoring reads as fitting did.
+
+    `window`: "file" (what the file says, else its full range), "full" (the full stored range), "percentile"
+    (0.5 to 99.5 of the image, or of the volume), or (centre, width) in the file's own units. `axis`: direction
+    of a volume's slices. `nan`: "error" refuses values that are not finite, "zero" takes them as 0 and counts
+    them. PNG, JPEG, TIFF and BMP files know none of this.
+    """
+
+    __pydantic_config__ = {"strict": True, "extra": "forbid"}  # noqa: RUF012 - pydantic's own convention
+
+    window: Window = "file"
+    axis: Axis = "axial"
+    nan: Literal["error", "zero"] = "error"
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """How files are found and opened.
+
+    `frames`: which frames or slices of a file are cases: "one" (a file with several is an error), "middle", "all", a
+    number from 0, or "40:90:5". `follow`: take files behind links that leave the folder. `show_names`: name
+    DICOM files by their path, which may name a patient, and not by a hash of their content.
+    """
+
+    __pydantic_config__ = {"strict": True, "extra": "forbid"}  # noqa: RUF012 - pydantic's own convention
+
+    frames: str = "one"
+    reading: Reading = Reading()
+    follow: bool = False
+    show_names: bool = False
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Where a volume's slices lie, so that a map can be written back in its place.
 
@@ -52,7 +88,7 @@ class Geometry:
 
     shape: tuple[int, int, int]
     affine: tuple[float, ...]
-    axis: Literal["axial", "coronal", "sagittal"]
+    axis: Axis
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +112,8 @@ class Case:
     `label` 0 normal, 1 abnormal, None unknown; `masks` are united; `kind` is the class folder it came
     from ("benign"); `group` ties cases that must stay on one side of a split (patient, near-duplicates),
     empty = its own; `split` is the official part ("train", "test") or empty; `image` holds the pixels
-    of a case that never was a file.
+    of a case that never was a file. `frame`: number of the frame or slice, None where the file is one image;
+    `reading`: how it is read; `alias` is shown in place of the path, which may name a patient.
     """
 
     path: Path
@@ -86,11 +123,19 @@ class Case:
     group: str = ""
     split: str = ""
     image: Image | None = field(default=None, compare=False, repr=False)
+    frame: int | None = None
+    reading: Reading = Reading()
+    alias: str = ""
 
     @property
     def name(self) -> str:
-        """The path as the user gave it."""
-        return str(self.path)
+        """The path as the user gave it, or the alias; with the frame's number, where it has one."""
+        return framed(self.alias or str(self.path), self.frame)
+
+
+def framed(name: str, frame: int | None) -> str:
+    """`name`, or `name#k` for frame or slice k."""
+    return name if frame is None else f"{name}#{frame}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +167,7 @@ class Finding:
 
     `anomaly_map` float32 [H,W] in the original image's pixels. `p_value` is the share of held-out normal
     images that score at least as high, (1 + count) / (n + 1); None with a `reason` where the model has no
-    held-out normals, and then `above_threshold` is None and `regions` is empty.
+    held-out normals, and then `above_threshold` is None and `regions` is empty. `frame` and `spacing` as in `Image`.
     """
 
     name: str
@@ -134,19 +179,32 @@ class Finding:
     regions: tuple[Region, ...]
     reason: str = ""
     notes: tuple[str, ...] = ()
+    frame: int | None = None
+    spacing: tuple[float, float] | None = None
 
     def to_json(self) -> dict[str, object]:
         """The result as one JSON object (without the map)."""
         height, width = self.anomaly_map.shape
+        pixel = None if self.spacing is None else self.spacing[0] * self.spacing[1]
         return {
             "file": self.name,
+            "frame": self.frame,
             "image_score": self.image_score,
             "p_value": self.p_value,
             "above_threshold": self.above_threshold,
             "threshold": self.threshold,
             "height": height,
             "width": width,
-            "regions": [{"box": list(r.box), "area": r.area, "peak": r.peak} for r in self.regions],
+            "spacing_mm": None if self.spacing is None else list(self.spacing),
+            "regions": [
+                {
+                    "box": list(r.box),
+                    "area": r.area,
+                    "area_mm2": None if pixel is None else r.area * pixel,
+                    "peak": r.peak,
+                }
+                for r in self.regions
+            ],
             "reason": self.reason or None,
             "notes": list(self.notes),
         }

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from umiad.cli.app import app, command, console, print_json, set_threads
+from umiad.cli.files import Axis, Follow, Frame, Nan, ShowNames, WindowOption, file_options, reading
 from umiad.progress import RichReporter
 
 if TYPE_CHECKING:
     from umiad.batch import Summary
+    from umiad.fitted import FittedModel
+    from umiad.types import FileOptions
 
 Data = Annotated[Path, typer.Argument(help="Folder of images, or a .csv manifest.", metavar="DATA")]
 Model = Annotated[Path, typer.Argument(help="Saved model (a directory).", metavar="MODEL")]
@@ -55,7 +58,17 @@ MinArea = Annotated[int, typer.Option("--min-area", min=1, help="Leave out regio
 @app.command("check-data")
 @command
 def check_data(
-    data: Data, seed: Seed = 0, holdout: Holdout = 0.2, groups: Groups = None, json: Json = False
+    data: Data,
+    seed: Seed = 0,
+    holdout: Holdout = 0.2,
+    groups: Groups = None,
+    frame: Frame = None,
+    window: WindowOption = "file",
+    axis: Axis = "axial",
+    nan: Nan = "error",
+    follow: Follow = False,
+    show_names: ShowNames = False,
+    json: Json = False,
 ) -> int:
     """Show what is in a data set, what is wrong with it, and which split would be made."""
     from umiad.data import load_data
@@ -63,7 +76,8 @@ def check_data(
     from umiad.splits import read_groups
     from umiad.survey import render, survey
 
-    found = load_data(data)
+    files = file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names)
+    found = load_data(data, files=files)
     with RichReporter(console(err=True)) as reporter:
         prints = fingerprints(found.cases, progress=lambda n, of: reporter.stage("reading images", n, of))
     given = read_groups(groups) if groups else None
@@ -107,6 +121,12 @@ def fit(
     on_error: Annotated[
         Literal["fail", "skip"], typer.Option("--on-error", help="What to do with unreadable files.")
     ] = "fail",
+    frame: Frame = None,
+    window: WindowOption = "file",
+    axis: Axis = "axial",
+    nan: Nan = "error",
+    follow: Follow = False,
+    show_names: ShowNames = False,
     device: Device = "auto",
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
@@ -139,6 +159,7 @@ def fit(
         equalise=equalise,
         on_error=on_error,
         device=device,
+        files=file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names),
     )
     grouped = Split.read(split) if split else read_groups(groups) if groups else None
     with RichReporter(console(err=True)) as reporter:
@@ -167,11 +188,18 @@ def score(
         typer.Option(help="The anomaly map per image, in the image's own pixels."),
     ] = "npy",
     min_area: MinArea = 1,
+    frame: Frame = None,
+    follow: Follow = False,
+    show_names: ShowNames = False,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
 ) -> int:
     """Score images: a JSON line, a map and a picture each, and a report.
+
+    Reads PNG, JPEG, TIFF, BMP, DICOM and NIfTI. Of a file of several frames or slices all are scored, or those that
+    --frame names; it comes back as one map (a NIfTI volume in its own place) and a picture of its highest slice.
+    Windows and axes are those the model was fitted with. DICOM files are named by a hash of their content.
 
     Writes scores.jsonl, maps/, pictures/, summary.json and report.html into OUT. Unreadable files are
     skipped, named and counted; the exit code is then 3.
@@ -182,7 +210,10 @@ def score(
     loaded = api.load(model).to(fitting.resolve_device(device))
     outputs = batch.Outputs(pictures=pictures, maps=maps, min_area=min_area)
     with RichReporter(console(err=True)) as reporter:
-        summary = batch.score_files(loaded, paths, out, outputs=outputs, reporter=reporter)
+        files = file_options(
+            frame, reading("file", "axial", "error"), follow=follow, show_names=show_names, default="all"
+        )
+        summary = batch.score_files(loaded, paths, out, outputs=outputs, files=files, reporter=reporter)
     if json:
         print_json(summary.to_json())
     else:
@@ -197,6 +228,9 @@ def evaluate(
     data: Data,
     out: Out,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples for the intervals.")] = 1000,
+    frame: Frame = None,
+    follow: Follow = False,
+    show_names: ShowNames = False,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -211,7 +245,8 @@ def evaluate(
 
     loaded = api.load(model).to(fitting.resolve_device(device))
     with RichReporter(console(err=True)) as reporter:
-        result = api.evaluate(loaded, data, n_resamples=resamples, reporter=reporter)
+        files = _files(loaded, frame, follow=follow, show_names=show_names)
+        result = api.evaluate(loaded, data, n_resamples=resamples, files=files, reporter=reporter)
     report_files.write_evaluation(loaded, result, out)
     if json:
         print_json(result.to_json())
@@ -229,13 +264,16 @@ def calibrate(
     normals: Annotated[Path, typer.Argument(help="Folder of normal images.", metavar="NORMALS")],
     fpr: Fpr = 0.05,
     out: Annotated[Path | None, typer.Option("--out", help="Write here instead of changing MODEL.")] = None,
+    frame: Frame = None,
+    follow: Follow = False,
     device: Device = "auto",
 ) -> None:
     """Reset the threshold from a site's own normal images, without refitting."""
     from umiad import api, fitting
 
     loaded = api.load(model).to(fitting.resolve_device(device))
-    fresh = api.calibrate(loaded, normals, fpr=fpr)
+    files = _files(loaded, frame, follow=follow, show_names=False)
+    fresh = api.calibrate(loaded, normals, fpr=fpr, files=files)
     fresh.save(out or model)
     typer.echo(f"threshold before: {_threshold(loaded.info)}")
     typer.echo(f"threshold now:    {_threshold(fresh.info)}")
@@ -253,6 +291,12 @@ def inspect(model: Model, json: Json = False) -> None:
         return
     for key, value in loaded.info.items():
         typer.echo(f"{key:22} {'-' if value is None else value}")
+
+
+def _files(model: FittedModel, frame: str | None, *, follow: bool, show_names: bool) -> FileOptions:
+    """Frames as the model was fitted on, unless others are asked for."""
+    own = model.config.preprocessing
+    return file_options(frame, own.reading, follow=follow, show_names=show_names, default=own.frames)
 
 
 def _threshold(facts: dict[str, str | int | float | None]) -> str:
@@ -274,6 +318,17 @@ def _print_summary(summary: Summary, facts: dict[str, str | int | float | None])
         typer.echo(f"no threshold: {facts['threshold_rule']}")
     else:
         typer.echo(f"{summary.above} above the threshold {_threshold(facts)}")
-    for name, reason in summary.skipped:
-        typer.echo(f"skipped {name}: {reason}", err=True)
+    for volume in summary.volumes:
+        typer.echo(
+            f"{volume['file']}: {volume['scored']} of {volume['frames']} slices or frames scored, "
+            f"the highest is number {volume['highest_frame']}"
+        )
+    for _, reason in summary.skipped:
+        typer.echo(f"skipped {reason}", err=True)
+    if summary.aliased:
+        text = "DICOM files are named by the first digits of their SHA-256"
+        typer.echo(f"{summary.aliased} {text}; --show-names shows paths, which may name patients")
+    if summary.peak_memory is not None:
+        own, child = summary.peak_memory
+        typer.echo(f"peak memory: {own} MB, and {child} MB in the largest decoding process")
     typer.echo(f"report: {summary.folder / 'report.html'}")

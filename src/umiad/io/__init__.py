@@ -1,64 +1,135 @@
 """Reading image files: what a file is, is decided by its content, never by its name.
 
-Every file ends as an `Image` or as exactly one InputError that names the file, the reason and a remedy.
+Every file ends as images or as exactly one InputError that names the file, the reason and a remedy. Decoding
+happens in a child process with ceilings (`umiad.io.child`), since a file may come from anywhere.
 """
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
 from umiad.errors import InputError
-from umiad.io import raster
+from umiad.io import frames as choices
+from umiad.io import pool
+from umiad.io.decode import open_images, open_masks
+from umiad.io.files import HEAD_BYTES, KINDS, READABLE, kind_of, read_bytes
 from umiad.io.source import Limits, Source
-from umiad.types import Image
+from umiad.types import Image, Reading, Stack, framed
 
-__all__ = ["RASTER_SUFFIXES", "Limits", "looks_like_image", "read_image", "read_mask"]
+__all__ = [
+    "RASTER_SUFFIXES",
+    "READABLE",
+    "SUFFIXES",
+    "Limits",
+    "kind_of_file",
+    "looks_like_image",
+    "open_frames",
+    "read_frames",
+    "read_image",
+    "read_mask",
+    "read_stack",
+]
 
 RASTER_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
-READABLE = "PNG, JPEG, TIFF and BMP"
-_HEAD_BYTES = 352  # a NIfTI-1 header with its magic number, the longest that is looked at
-_BMP_HEADERS = (12, 16, 40, 52, 56, 64, 108, 124)  # sizes of the known versions of the second BMP header
-
-
+SUFFIXES = (*RASTER_SUFFIXES, ".dcm", ".dicom", ".nii", ".nii.gz")
 DEFAULT_LIMITS = Limits()
-
-Reader = Callable[[bytes, Source], Image]
-
-_READERS: Mapping[str, Reader] = MappingProxyType(
-    {
-        "PNG": raster.read_pixels,
-        "JPEG": raster.read_pixels,
-        "TIFF": raster.read_pixels,
-        "BMP": raster.read_pixels,
-    }
-)
+DEFAULT_READING = Reading()
 
 
-def read_image(path: str | os.PathLike[str], *, limits: Limits = DEFAULT_LIMITS) -> Image:
-    """Decode one PNG, JPEG, TIFF or BMP file -> `Image`, pixels float32 [C,H,W] in 0..1, C = 1 or 3.
+def read_image(
+    path: str | os.PathLike[str],
+    *,
+    frame: int | str = choices.ONE,
+    reading: Reading = DEFAULT_READING,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Image:
+    """Decode one image of a PNG, JPEG, TIFF, BMP, DICOM or NIfTI file -> `Image`, float32 [C,H,W] in 0..1.
 
-    16-bit grey keeps its depth, transparency is composited on black, EXIF orientation is applied.
+    16-bit grey keeps its depth, transparency is composited on black, EXIF orientation is applied. DICOM:
+    rescale and window are applied (`reading`), MONOCHROME1 is inverted. `frame`: which frame of a multi-frame
+    file, or slice of a volume: a number from 0, "middle", or "one" (the default: a file with several is an error
+    that says how many).
 
     Raises:
         InputError: whatever makes the file unusable: missing, not a regular file, no permission, empty, too
             large, too many pixels, unknown format, several frames, damaged, truncated.
     """
-    content, source = _load(path, limits)
-    return _READERS[source.kind](content, source)
+    choice = str(frame)
+    if choice == choices.ALL or ":" in choice:
+        raise InputError(
+            path, f"frame {choice!r} may be several images, expected one", "see umiad.io.read_frames"
+        )
+    [image] = read_frames(path, frames=choice, reading=reading, limits=limits)
+    return image
+
+
+def read_frames(
+    path: str | os.PathLike[str],
+    *,
+    frames: str = choices.ALL,
+    reading: Reading = DEFAULT_READING,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Iterator[Image]:
+    """Decode a file image by image: "all", "one", "middle", "12", or "40:90:5" as in Python slices.
+
+    Raises InputError as `read_image`, where a frame is damaged also after others were given.
+    """
+    _, images = open_frames(path, frames=frames, reading=reading, limits=limits)
+    yield from images
+
+
+def open_frames(
+    path: str | os.PathLike[str],
+    *,
+    frames: str = choices.ALL,
+    reading: Reading = DEFAULT_READING,
+    limits: Limits = DEFAULT_LIMITS,
+) -> tuple[Stack, Iterator[Image]]:
+    """What a file holds, and its images as `read_frames` gives them; the former is known at once."""
+    choices.check(frames)
+    content, source = _load(path, limits, reading)
+    if limits.isolated:
+        answers = pool.current().decode(content, source, frames=frames)
+        return next(answers), answers  # type: ignore[return-value]
+    stack = open_images(content, source)
+    numbers = choices.resolve(frames, stack.count, name=source.name)
+    return stack, (_framed(stack.frame(number)) for number in numbers)
+
+
+def read_stack(
+    path: str | os.PathLike[str],
+    *,
+    reading: Reading = DEFAULT_READING,
+    limits: Limits = DEFAULT_LIMITS,
+) -> Stack:
+    """How many images a file holds, and where they lie; from its header where it has one. Raises InputError.
+
+    Where decoding is isolated the stack's `frame` cannot be called: see `read_frames`.
+    """
+    content, source = _load(path, limits, reading)
+    if not limits.isolated:
+        return open_images(content, source)
+    [stack] = pool.current().decode(content, source)
+    return stack  # type: ignore[return-value]
 
 
 def read_mask(
-    paths: Sequence[Path], *, size: tuple[int, int] | None = None, limits: Limits = DEFAULT_LIMITS
+    paths: Sequence[Path],
+    *,
+    size: tuple[int, int] | None = None,
+    frame: int | None = None,
+    reading: Reading = DEFAULT_READING,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> np.ndarray:
     """Unite the masks of one image -> bool [H,W], True = abnormal, upright as the image is.
 
-    A pixel counts where its brightest channel is above half of the full range; transparency is ignored.
+    A pixel counts where its brightest channel is above half of the full range; transparency is ignored. In a
+    NIfTI volume every label but 0 counts; `frame` is the slice (taken along `reading.axis`).
     No paths give an empty mask of `size` = (height, width), which every mask must have where it is given.
 
     Raises:
@@ -67,8 +138,7 @@ def read_mask(
     """
     union, expected, whose = None, size, "its image"
     for path in paths:
-        content, source = _load(path, limits)
-        mask = raster.read_bright(content, source)
+        mask = _mask(path, frame, reading, limits)
         expected = expected or mask.shape
         if mask.shape != expected:
             raise InputError(
@@ -92,80 +162,39 @@ def looks_like_image(path: Path) -> bool:
     """
     if path.is_dir():
         return False
-    if path.suffix.lower() in RASTER_SUFFIXES:
-        return True
+    return path.name.lower().endswith(SUFFIXES) or kind_of_file(path) in KINDS
+
+
+def kind_of_file(path: str | os.PathLike[str]) -> str:
+    """The format of a file by its content (see `files.kind_of`), "" where it is unknown or cannot be read."""
     try:
-        return _kind(_read_bytes(path, limit=None, count=_HEAD_BYTES)) in _READERS
+        return kind_of(read_bytes(path, limit=None, count=HEAD_BYTES))
     except InputError:
-        return False
+        return ""
 
 
-def _load(path: str | os.PathLike[str], limits: Limits) -> tuple[bytes, Source]:
+def _framed(image: Image) -> Image:
+    return replace(image, name=framed(image.name, image.frame))
+
+
+def _mask(path: Path, frame: int | None, reading: Reading, limits: Limits) -> np.ndarray:
+    content, source = _load(path, limits, reading)
+    choice = choices.ONE if frame is None or not source.kind.startswith("NIfTI") else str(frame)
+    if limits.isolated:
+        _, image = pool.current().decode(content, source, frames=choice, mask=True)
+    else:
+        stack = open_masks(content, source)
+        [image] = (stack.frame(k) for k in choices.resolve(choice, stack.count, name=source.name))
+    return image.pixels[0] > 0.5  # type: ignore[union-attr]
+
+
+def _load(path: str | os.PathLike[str], limits: Limits, reading: Reading) -> tuple[bytes, Source]:
     """Read a file of a known kind. Raises InputError."""
-    content = _read_bytes(path, limit=limits.max_bytes)
-    kind = _kind(content[:_HEAD_BYTES])
-    if kind not in _READERS:
+    content = read_bytes(path, limit=limits.max_bytes)
+    kind = kind_of(content[:HEAD_BYTES])
+    if kind not in KINDS:
         found = f"is a {kind} file" if kind else "is of no known image format"
         hint = "convert it to PNG" if kind else "check that it is an image and not damaged"
         raise InputError(path, f"{found}; this version reads {READABLE}", hint)
-    return content, Source(os.fspath(path), kind, limits)
-
-
-def _read_bytes(path: str | os.PathLike[str], *, limit: int | None, count: int = -1) -> bytes:
-    """The first `count` bytes (all where negative) of a regular file. Raises InputError.
-
-    Pipes and devices are refused before they are opened; O_NONBLOCK covers a change between the two steps.
-    """
-    try:
-        _check_regular(path, Path(path).stat(), limit=limit)
-        flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            found = os.fstat(file.fileno())
-            _check_regular(path, found, limit=limit)
-            content = file.read(count if count >= 0 else found.st_size + 1)
-    except FileNotFoundError as error:
-        raise InputError(path, "no such file", "check the path") from error
-    except PermissionError as error:
-        raise InputError(
-            path, "no permission to read it", "check the permissions of file and folder"
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(path, f"cannot be read: {reason}", "check the path and the disk") from error
-    if count < 0 and len(content) != found.st_size:
-        raise InputError(path, f"changed while it was read ({found.st_size} bytes expected)", "try again")
-    return content
-
-
-def _check_regular(path: str | os.PathLike[str], found: os.stat_result, *, limit: int | None) -> None:
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a special file (pipe, socket or device)"
-        raise InputError(path, f"is {kind}, expected a regular image file")
-    if found.st_size == 0:
-        raise InputError(path, "is empty (0 bytes), expected an image", "copy or export it again")
-    if limit is not None and found.st_size > limit:
-        raise InputError(
-            path,
-            f"has {found.st_size} bytes, the ceiling is {limit} bytes",
-            "export it smaller, or raise max_bytes",
-        )
-
-
-def _kind(head: bytes) -> str:
-    """The format by its magic number, "" where it is unknown.
-
-    DICOM comes first: a file may be DICOM and TIFF at once (DICOM PS3.10, section 7.1, the preamble).
-    """
-    if head[128:132] == b"DICM":
-        return "DICOM"
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if head.startswith((b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")):
-        return "TIFF"
-    if head.startswith(b"BM") and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
-        return "BMP"
-    if head[344:348] in (b"n+1\x00", b"ni1\x00") or head[4:8] in (b"n+2\x00", b"ni2\x00"):
-        return "NIfTI"
-    return "gzip" if head.startswith(b"\x1f\x8b") else ""
+    plain = Source(os.fspath(path), kind, limits, key=pool.patient_key())
+    return content, replace(plain, window=reading.window, axis=reading.axis, nan=reading.nan)

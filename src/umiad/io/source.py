@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Literal
 
-Window: TypeAlias = Literal["file", "full", "percentile"] | tuple[float, float]
-Axis: TypeAlias = Literal["axial", "coronal", "sagittal"]
+from umiad.types import Axis, Window
+
+__all__ = ["MIB", "Axis", "Limits", "Source", "Window"]
+
 MIB = 1 << 20
 
 
