@@ -71,3 +71,38 @@ def busi_like(root: Path, n_per_class: int = 3) -> Path:
             mask_png(root / kind / f"{stem}_mask.png", box=box)
     mask_png(root / "benign" / "benign (1)_mask_1.png", box=(40, 40, 50, 50))
     return root
+
+
+def dicom_file(path: Path, stored: np.ndarray, **elements: object) -> Path:
+    """Write an uncompressed grey DICOM; `stored` unsigned [H,W] or [N,H,W], `elements` by keyword."""
+    import pydicom
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    data = pydicom.Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = data.SOPClassUID = SecondaryCaptureImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid(entropy_srcs=[path.name])
+    bits = 8 * stored.dtype.itemsize
+    data.Rows, data.Columns = stored.shape[-2:]
+    data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+    data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = bits, bits, bits - 1, 0
+    if stored.ndim == 3:
+        data.NumberOfFrames = len(stored)
+    data.PatientName, data.PatientID = "DOE^JANE", "4711"
+    for keyword, value in elements.items():
+        setattr(data, keyword, value)
+    data.PixelData = stored.tobytes() + b"\0" * (stored.nbytes % 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    data.save_as(path, enforce_file_format=True)
+    return path
+
+
+def nifti_file(path: Path, volume: np.ndarray, affine: np.ndarray | None = None) -> Path:
+    """Write a volume [X,Y,Z] as .nii or .nii.gz; without an affine, 1 mm voxels along RAS+."""
+    import nibabel
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4) if affine is None else affine), path)
+    return path

@@ -177,12 +177,12 @@ def test_links_to_folders_are_not_followed(tmp_path: Path) -> None:
     assert any("normal/loop" in note for note in data.notes)
 
 
-def test_pipes_and_broken_links_are_stray(tmp_path: Path) -> None:
+def test_pipes_and_broken_links_with_the_names_of_images_are_not_passed_over(tmp_path: Path) -> None:
     tree(tmp_path, "a.png")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "broken.png").symlink_to(tmp_path / "nowhere.png")
     data = load_data(tmp_path)
-    assert {path.name for path in data.stray} == {"pipe.png", "broken.png"}
+    assert {case.path.name for case in data.cases} == {"a.png", "pipe.png", "broken.png"}
 
 
 # Refusals

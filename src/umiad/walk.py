@@ -60,7 +60,7 @@ class Walk:
                 continue
             if entry.is_symlink() and self._passed_over(path, entry):
                 continue
-            if not entry.name.startswith(".") and entry.is_file() and _is_image(path):
+            if not entry.name.startswith(".") and _is_image(path):
                 images.append(path)
             else:
                 self.stray.append(path)
@@ -110,5 +110,5 @@ class Walk:
 
 
 def _is_image(path: Path) -> bool:
-    """By content or suffix: a damaged `.png` must be reported as unreadable, not passed over."""
+    """By content or suffix: a damaged `.png` (or a pipe of that name) is reported as unreadable, not passed over."""
     return path.name.upper() != "DICOMDIR" and looks_like_image(path)

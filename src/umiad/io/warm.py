@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from contextlib import suppress
 from importlib import import_module
 from io import BytesIO
 
 import numpy as np
+
+from umiad.io.source import Source
 
 
 def raster() -> None:
@@ -29,9 +32,9 @@ def dicom() -> None:
     import pydicom
     import pydicom.pixels.decoders as decoders
 
-    for name in ("pydicom.charset", "pydicom.encaps", "pydicom.pixels.processing", "pydicom.sr.codedict"):
+    for name in ("numpy.ma", "pydicom.charset", "pydicom.encaps", "pydicom.pixels.processing", "pydicom.sr.codedict"):
         import_module(name)
-    for name in ("pylibjpeg", "openjpeg", "rle", "umiad.io.dicom"):
+    for name in ("pylibjpeg", "openjpeg", "umiad.io.dicom"):
         with suppress(ImportError):
             import_module(name)
     for each in vars(decoders).values():
@@ -41,8 +44,13 @@ def dicom() -> None:
 
 
 def nifti() -> None:
-    """nibabel, and the reader."""
+    """The reader and nibabel, used once in every way."""
     import nibabel
 
-    import_module("umiad.io.nifti")
-    nibabel.Nifti1Image(np.zeros((2, 2, 2), dtype=np.float32), np.eye(4)).get_fdata()
+    from umiad.io.nifti import open_nifti, open_nifti_mask
+
+    import_module("numpy.ma")  # NumPy imports it when it first sorts or counts
+    content = nibabel.Nifti1Image(np.arange(8, dtype=np.int16).reshape(2, 2, 2), np.eye(4)).to_bytes()
+    for kind, stored in (("NIfTI", content), ("NIfTI.gz", gzip.compress(content))):
+        for open_file in (open_nifti, open_nifti_mask):
+            open_file(stored, Source("sample", kind, window="percentile")).frame(0)
