@@ -31,6 +31,9 @@ from umiad.training import LOG, Row, TrainingRun, train
 from umiad.types import NORMAL, Case, FileOptions, Image
 from umiad.workfolder import WorkFolder
 
+MOST_UNREADABLE = 0.01
+"""Share of files that `on_error` "skip" leaves out at most; a single one always."""
+
 Data: TypeAlias = str | os.PathLike[str] | DataSet | np.ndarray | Sequence[np.ndarray]
 
 
@@ -191,7 +194,10 @@ def split_data(dataset: DataSet, *, seed: int, holdout: float, reporter: Reporte
 
 
 def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
-    """Read every file once; unreadable ones are an error or, with on_error "skip", left out and named."""
+    """Read every file once; unreadable ones are an error or, with on_error "skip", left out, named and counted.
+
+    More than one in a hundred (and more than one) are an error in any case: such data are not what they should be.
+    """
     found = fingerprints(
         dataset.cases, progress=lambda done, total: job.reporter.stage("reading images", done, total)
     )
@@ -205,8 +211,16 @@ def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
         raise InputError(
             dataset.root, f"{len(bad)} unreadable files: {listing}", "--on-error skip leaves them out"
         )
+    if len(bad) > max(1, round(MOST_UNREADABLE * len(found))):
+        raise InputError(
+            dataset.root,
+            f"{len(bad)} of {len(found)} files are unreadable, --on-error skip leaves out {MOST_UNREADABLE:.0%} at most",
+            "repair or remove them; `umiad check-data` lists them all",
+        )
     for each in bad:
         job.reporter.note(f"left out: {each}")
+    if bad:
+        job.reporter.note(f"{len(bad)} of {len(found)} files were left out")
     kept = [(c, f) for c, f in zip(dataset.cases, found, strict=True) if isinstance(f, Fingerprint)]
     return replace(dataset, cases=tuple(case for case, _ in kept)), [each for _, each in kept]
 
