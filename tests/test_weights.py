@@ -246,6 +246,7 @@ def test_M8_a_mismatch_keeps_and_reads_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str
 ) -> None:
     monkeypatch.setattr(weights, "IMAGENET", Published("imagenet", "https://x/r.pth", 1000, "0" * 64))
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("loaded before the hash was known"))
     serve(monkeypatch, {"other": bytes(1000), "short": bytes(10), "endless": bytes(64 << 20)}[answer])
     with pytest.raises(ModelFileError, match=r"expected 1000 bytes with 0000.*nothing was kept"):
         weights.fetch(cache=tmp_path)
@@ -269,6 +270,22 @@ def test_M8_a_redirect_away_from_https_is_refused(tmp_path: Path, monkeypatch: p
     serve(monkeypatch, b"", url="http://x/r.pth")
     with pytest.raises(ModelFileError, match="without https"):
         weights.fetch(cache=tmp_path)
+
+
+def test_M8_a_pickle_from_the_server_is_neither_loaded_nor_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: Published
+) -> None:
+    hostile = io.BytesIO()
+    torch.save({"state_dict": Canary()}, hostile)
+    serve(monkeypatch, hostile.getvalue())
+    with pytest.raises(ModelFileError, match="nothing was kept"):
+        weights.resolve("imagenet", cache=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_M8_what_is_pinned_is_one_https_address() -> None:
+    assert IMAGENET.url.startswith("https://")
+    assert len(IMAGENET.sha256) == len(weights.L4_SHORTCUT_SHA256) == 64
 
 
 def test_downloading_can_be_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +352,11 @@ def test_another_backbone_without_a_file_says_what_it_takes(tmp_path: Path) -> N
         weights.resolve("imagenet", backbone="resnet34", cache=tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'resnet18'"):
         weights.resolve("random", backbone="resnet19", cache=tmp_path)
+
+
+def test_the_tiny_backbone_is_for_tests_and_takes_random_weights_only(tmp_path: Path) -> None:
+    assert weights.resolve("random", backbone=weights.TINY, cache=tmp_path).state is None
+    for source in ("imagenet", str(tmp_path / "mine.safetensors")):
+        with pytest.raises(InputError, match="resnet-tiny is for tests and takes 'random' only"):
+            weights.resolve(source, backbone=weights.TINY, cache=tmp_path)
+    assert weights.TINY not in weights.BLOCKS

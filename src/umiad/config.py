@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from umiad.errors import ConfigError
 from umiad.types import Reading
 
-SIZE_STEP, SIZE_MIN = 32, 64
+SIZE_STEP, SIZE_MIN, SIZE_MAX = 32, 64, 4096
+MAX_BLOCKS = 256
+"""Coupling blocks of a flow, at most: a configuration may come from a stranger."""
 
 
 def canonical_json(value: object) -> str:
@@ -27,12 +29,12 @@ def nearest(word: str, known: list[str]) -> str:
 
 
 def check_size(size: int) -> int:
-    """Return `size` if it is a multiple of 32 from 64 up; else ConfigError naming the nearest."""
-    if size >= SIZE_MIN and size % SIZE_STEP == 0:
+    """Return `size` if it is a multiple of 32 from 64 to 4096; else ConfigError naming the nearest."""
+    if SIZE_MIN <= size <= SIZE_MAX and size % SIZE_STEP == 0:
         return size
-    best = max(SIZE_MIN, round(size / SIZE_STEP) * SIZE_STEP)
+    best = min(max(SIZE_MIN, round(size / SIZE_STEP) * SIZE_STEP), SIZE_MAX)
     raise ConfigError(
-        f"size {size} is not a multiple of {SIZE_STEP} from {SIZE_MIN} up; the nearest is {best}"
+        f"size {size} is not a multiple of {SIZE_STEP} from {SIZE_MIN} to {SIZE_MAX}; the nearest is {best}"
     )
 
 
@@ -78,11 +80,18 @@ class Preprocessing(Config):
     size: int = 256
     colour: Literal["grey", "rgb"] = "grey"
     intensity: Literal["full", "percentile"] = "full"
-    equalise: int | None = Field(default=None, ge=32)
+    equalise: int | None = Field(default=None, ge=32, le=SIZE_MAX)
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     reading: Reading = Reading()
     frames: str = "one"
+
+    @field_validator("std")
+    @classmethod
+    def _positive(cls, value: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(value) <= 0:
+            raise ValueError("standard deviations must be above 0")
+        return value
 
     @field_validator("size")
     @classmethod

@@ -19,6 +19,7 @@ from umiad.detectors.contract import Detector
 from umiad.errors import ConfigError, InputError, ModelFileError
 from umiad.features import device_of
 from umiad.inputs import ImageInput, iter_images
+from umiad.manifest import CONFIG
 from umiad.preprocess import original_size, resize_map, to_input
 from umiad.splits import Split
 from umiad.types import FileOptions, Finding, Image, Scores
@@ -86,13 +87,16 @@ class FittedModel:
     def score(self, images: ImageInput, *, min_area: int = 1) -> list[Finding]:
         """One `Finding` per image, in order; higher `image_score` = more anomalous.
 
-        `images`: a path (all frames or slices of a file of several), an array [H,W], [H,W,C] or [N,H,W] (uint8 0..255, uint16 0..65535, float 0..1), or a
-        sequence of these of mixed sizes. Maps, boxes and areas are in the original image's pixels; regions
-        smaller than `min_area` pixels are left out. Raises InputError for what cannot be used.
+        `images`: a path (all frames or slices of a file of several), an array [H,W], [H,W,C] or [N,H,W] (uint8
+        0..255, uint16 0..65535, float 0..1), or a sequence of these of mixed sizes. Maps, boxes and areas are in the
+        original image's pixels; regions smaller than `min_area` pixels are left out. Raises InputError for what
+        cannot be used.
         """
         return [
             self.finding(image, value, small_map, min_area=min_area)
-            for image, value, small_map in self.score_images(iter_images(images, reading=self.config.preprocessing.reading))
+            for image, value, small_map in self.score_images(
+                iter_images(images, reading=self.config.preprocessing.reading)
+            )
         ]
 
     def file_options(self, files: FileOptions | None = None) -> FileOptions:
@@ -131,7 +135,9 @@ class FittedModel:
         """Turn raw scores into a finding in the original image's pixels."""
         anomaly_map = resize_map(small_map, image.size)
         calibration, notes = self.config.calibration, image.notes
-        found = make_finding(image.name, image_score, anomaly_map, calibration, min_area=min_area, notes=notes)
+        found = make_finding(
+            image.name, image_score, anomaly_map, calibration, min_area=min_area, notes=notes
+        )
         return dataclasses.replace(found, frame=image.frame, spacing=image.spacing)
 
     def calibrated(self, images: Iterable[Image], hashes: Iterable[str], *, fpr: float) -> FittedModel:
@@ -181,19 +187,25 @@ class FittedModel:
         )
 
 
-def load(path: str | os.PathLike[str]) -> FittedModel:
-    """Load a saved model. Raises ModelFileError when it is damaged, altered or of a newer format."""
-    saved = modelfile.load(Path(path))
+def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) -> FittedModel:
+    """Load a saved model; no code of the folder runs, and nothing is taken that its tensors do not account for.
+
+    `manifest_sha256` pins the manifest and through it every file (`umiad inspect` prints it): without it an
+    alteration of files and manifest together goes unseen. Raises ModelFileError when the model is damaged,
+    altered or of a newer format.
+    """
+    saved = modelfile.load(Path(path), manifest_sha256=manifest_sha256)
     try:
         config = SavedConfig.parse(saved.config)
         split = Split.from_json(saved.split, source="split.json")
-        detector = _rebuild(config, saved.tensors)
-    except (ConfigError, InputError) as error:
+        detector = modelfile.rebuild(
+            saved, lambda: detectors.make(config.detector, config.detector_config, None)
+        )
+        if config.preprocessing.size != detector.config.size:
+            found, expected = config.preprocessing.size, detector.config.size
+            raise ConfigError(f"images are resized to {found} px, but its detector expects {expected} px")
+    except ConfigError as error:
+        raise ModelFileError(f"{Path(path) / CONFIG}: {error}") from error
+    except InputError as error:
         raise ModelFileError(f"{path}: {error}") from error
     return FittedModel(detector, config, split, extras=saved.extras)
-
-
-def _rebuild(config: SavedConfig, tensors: Mapping[str, torch.Tensor]) -> Detector:
-    detector = detectors.make(config.detector, config.detector_config, None)
-    detector.load_state(tensors)
-    return detector

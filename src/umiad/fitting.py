@@ -16,8 +16,8 @@ from pydantic import Field
 import umiad
 from umiad import modelfile
 from umiad.calibration import fit_calibration
-from umiad.config import Config, Preprocessing
 from umiad.cases import case_pixels
+from umiad.config import Config, Preprocessing
 from umiad.data import DEFAULT_FILES, DataSet, load_data
 from umiad.detectors.contract import Detector
 from umiad.duplicates import Fingerprint, fingerprints
@@ -214,7 +214,7 @@ def _readable(dataset: DataSet, job: _Job) -> tuple[DataSet, list[Fingerprint]]:
     if len(bad) > max(1, round(MOST_UNREADABLE * len(found))):
         raise InputError(
             dataset.root,
-            f"{len(bad)} of {len(found)} files are unreadable, --on-error skip leaves out {MOST_UNREADABLE:.0%} at most",
+            f"{len(bad)} of {len(found)} files are unreadable, --on-error skip allows {MOST_UNREADABLE:.0%}",
             "repair or remove them; `umiad check-data` lists them all",
         )
     for each in bad:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-from umiad import diskfile, strictjson, tensorfile
+from umiad import __version__, diskfile, strictjson, tensorfile
 from umiad import manifest as manifests
 from umiad.errors import DiskError, InputError, ModelFileError
 from umiad.manifest import CARD, CONFIG, MANIFEST, REQUIRED, SPLIT, WEIGHTS
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 HARMLESS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # file managers leave these; a save may drop them
+MAX_BUILD_BYTES = 4 << 30
+SPARE_BYTES = 128 * diskfile.MIB
+"""What building a detector may take beyond its saved tensors: layers that it does not keep, passing values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +44,27 @@ class SavedModel:
     manifest: dict[str, Any]
     card: str
     extras: dict[str, bytes] = field(default_factory=dict)
+
+
+Migration: TypeAlias = Callable[[SavedModel], SavedModel]
+MIGRATIONS: dict[int, Migration] = {}
+"""Format n -> what turns a model of format n into one of n + 1. Every older format that is still read has its steps
+here; an entry goes in together with a higher `manifest.FORMAT`. There is one format so far."""
+
+
+class Buildable(Protocol):
+    """What `rebuild` asks of a detector."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """All tensors by name."""
+        ...
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Fill from `state`; raises ModelFileError on a missing, unknown or misshapen tensor."""
+        ...
+
+
+BuildableT = TypeVar("BuildableT", bound=Buildable)
 
 
 def save(
@@ -106,7 +130,8 @@ def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) ->
     """Read a model folder after checking manifest, sizes, hashes, strict JSON, tensor header, finite values.
 
     `manifest_sha256` pins the manifest, and through it every file; without it a consistent alteration of
-    files and manifest together goes unseen.
+    files and manifest together goes unseen. A model of an older format is brought up to date (`MIGRATIONS`); its
+    `manifest` stays what the file says.
 
     Raises:
         InputError: nothing is there, or reading is not permitted.
@@ -119,7 +144,7 @@ def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) ->
         card = files.pop(CARD).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ModelFileError(f"{folder / CARD}: not UTF-8 at byte {error.start}, expected text") from error
-    return SavedModel(
+    saved = SavedModel(
         path=Path(path),
         config=strictjson.load_object(files.pop(CONFIG), source=str(folder / CONFIG)),
         tensors=tensorfile.from_bytes(files.pop(WEIGHTS), source=str(folder / WEIGHTS)),
@@ -128,6 +153,39 @@ def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) ->
         card=card,
         extras=files,
     )
+    return _migrated(saved)
+
+
+def rebuild(saved: SavedModel, make: Callable[[], BuildableT]) -> BuildableT:
+    """Build with `make`, which follows the saved configuration, and fill with the saved tensors.
+
+    A configuration may be altered too: while `make` runs, the memory of every tensor is added up before it is
+    taken. What may be taken follows from the tensors in the file: no more than 2 times these and 128 MiB, and
+    4 GiB at most.
+
+    Raises:
+        ModelFileError: that is exceeded, nothing can be built, or the tensors in the file are not those
+            of what was built, by name, shape and dtype; the first mismatch is named.
+        UmiadError: what `make` raises on purpose.
+    """
+    held = sum(tensor.numel() * tensor.element_size() for tensor in saved.tensors.values())
+    source = str(saved.path / CONFIG)
+    try:
+        with _memory_limit(min(2 * held + SPARE_BYTES, MAX_BUILD_BYTES), source=source):
+            built = make()
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"{source}: nothing can be built from it: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
+    expected = built.state()
+    for name, tensor in saved.tensors.items():
+        if name in expected and tensor.dtype != expected[name].dtype:
+            raise ModelFileError(
+                f"{saved.path / WEIGHTS}: tensor {name!r} has dtype {tensor.dtype}, "
+                f"expected {expected[name].dtype}"
+            )
+    built.load_state(saved.tensors)
+    return built
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
@@ -152,6 +210,62 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise InputError(
             target, f"holds {foreign[0]!r}, which is no part of the model; not overwritten", hint
         )
+
+
+def _migrated(saved: SavedModel) -> SavedModel:
+    """The model in today's format. Raises ModelFileError where a step is missing."""
+    written, version = saved.manifest["format"], saved.manifest["umiad_version"]
+    for number in range(written, manifests.FORMAT):
+        if number not in MIGRATIONS:
+            raise ModelFileError(
+                f"{saved.path / MANIFEST}: format {written}, this umiad {__version__} reads {manifests.FORMAT} and "
+                f"knows no step from {number}; use umiad {version}, which wrote it, or fit the model again"
+            )
+        saved = replace(MIGRATIONS[number](saved), path=saved.path, manifest=saved.manifest)
+    return saved
+
+
+def _memory_limit(limit: int, *, source: str) -> AbstractContextManager[object]:
+    """Refuse, before it takes memory, the operation of torch with which new tensors exceed `limit` bytes in all."""
+    from torch.utils._python_dispatch import (
+        TorchDispatchMode,
+    )  # torch's documented way to see every operation
+
+    class Meter(TorchDispatchMode):
+        taken = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.taken += _new_bytes(func, args, kwargs or {})
+            if self.taken > limit:
+                raise ModelFileError(
+                    f"{source}: what it describes takes {self.taken} bytes or more, "
+                    f"expected {limit} at most from the tensors saved with it; damaged or altered"
+                )
+            return func(*args, **(kwargs or {}))
+
+    return Meter()
+
+
+def _new_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Bytes that an operation is about to take, asked of torch's meta device: nothing is computed.
+
+    0 for views, for what is done in place, and for what has no answer before it is computed.
+    """
+    import torch
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    schema = func._schema
+    if any(each.alias_info is not None for each in schema.returns):
+        return 0
+    args, kwargs = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
+    names = {argument.name for argument in schema.arguments}
+    kwargs |= {name: value for name, value in (("device", "meta"), ("generator", None)) if name in names}
+    try:
+        made = func(*args, **kwargs)
+    except (NotImplementedError, RuntimeError, TypeError):
+        return 0
+    found = [each for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
 
 
 def _contents(

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 RANDOM, DAMAGED = "random", "damaged"
+TINY = "resnet-tiny"
+"""The backbone of tests and golden files, see `umiad.nn.encoder`: its weights are always random."""
 BLOCKS = {"resnet18": ((2, 2, 2, 2), 1), "resnet34": ((3, 4, 6, 3), 1), "resnet50": ((3, 4, 6, 3), 4)}
 """Backbone -> blocks per stage, and how much wider than its kernels a block's output is."""
 MAX_BYTES = 256 * diskfile.MIB
@@ -103,10 +105,12 @@ def resolve(
         InputError: no such file or label, or no network; tells the ways out.
         ModelFileError: damaged, foreign format, or not that backbone.
     """
-    if backbone not in BLOCKS:
+    if backbone not in (*BLOCKS, TINY):
         raise ConfigError(f"unknown backbone {backbone!r}{nearest(backbone, list(BLOCKS))}")
     if source == RANDOM:
         return Weights(label=RANDOM, state=None, origin="random initial weights", sha256=None)
+    if backbone == TINY:
+        raise InputError(source, f"{TINY} is for tests and takes 'random' only", "use resnet18")
     if backbone != "resnet18":
         return _read_other(Path(source), backbone)
     cached = _cached(source, cache=cache)

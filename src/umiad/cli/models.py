@@ -191,6 +191,10 @@ def score(
     frame: Frame = None,
     follow: Follow = False,
     show_names: ShowNames = False,
+    manifest_sha256: Annotated[
+        str | None,
+        typer.Option("--manifest-sha256", help="Refuse a model with another manifest (see inspect)."),
+    ] = None,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -207,7 +211,7 @@ def score(
     set_threads(threads)
     from umiad import api, batch, fitting
 
-    loaded = api.load(model).to(fitting.resolve_device(device))
+    loaded = api.load(model, manifest_sha256=manifest_sha256).to(fitting.resolve_device(device))
     outputs = batch.Outputs(pictures=pictures, maps=maps, min_area=min_area)
     with RichReporter(console(err=True)) as reporter:
         files = file_options(
@@ -282,14 +286,20 @@ def calibrate(
 @app.command("inspect")
 @command
 def inspect(model: Model, json: Json = False) -> None:
-    """Show what a saved model is, where it comes from and how its threshold was chosen."""
+    """Show what a saved model is, where it comes from and how its threshold was chosen.
+
+    `manifest_sha256` stands for the whole model: `umiad score --manifest-sha256` refuses any other.
+    """
     from umiad import api
+    from umiad.duplicates import file_sha256
+    from umiad.manifest import MANIFEST
 
     loaded = api.load(model)
+    digest = file_sha256(model / MANIFEST)
     if json:
-        print_json({"info": loaded.info, "config": loaded.config.canonical()})
+        print_json({"info": loaded.info, "manifest_sha256": digest, "config": loaded.config.canonical()})
         return
-    for key, value in loaded.info.items():
+    for key, value in {**loaded.info, "manifest_sha256": digest}.items():
         typer.echo(f"{key:22} {'-' if value is None else value}")
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from umiad.config import DetectorConfig, TrainingConfig
+from umiad.config import MAX_BLOCKS, DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
@@ -52,7 +52,7 @@ class CflowConfig(DetectorConfig):
 
     scales: tuple[int, ...] = Field(default=(2, 3, 4), min_length=1)
     condition_channels: int = Field(default=128, ge=4, multiple_of=4)
-    blocks: int = Field(default=8, ge=1)
+    blocks: int = Field(default=8, ge=1, le=MAX_BLOCKS)
     hidden_ratio: float = Field(default=2.0, gt=0)
     clamp: float = Field(default=1.9, gt=0)
     permutation: Literal["soft", "hard"] = "soft"

@@ -17,7 +17,7 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.errors import TrainingError
 from umiad.nn.affine import AffineFlow, TwinMoments, fibres_of, on_grid
 from umiad.nn.edge import EDGE_CHANNELS, EDGES, FineScales
-from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid
+from umiad.nn.encoder import BACKBONES, CHANNELS, TINY, Pyramid, grid
 from umiad.nn.fibres import neighbourhood, to_pixels
 from umiad.nn.precision import exact
 from umiad.scoring import LIKELIHOODS, smooth, top_mean
@@ -67,7 +67,7 @@ class AffineConfig(DetectorConfig):
     @classmethod
     def _fitting_backbone(cls, value: str) -> str:
         if BACKBONES[value] != CHANNELS:
-            fit = [name for name, channels in BACKBONES.items() if channels == CHANNELS]
+            fit = [name for name, channels in BACKBONES.items() if channels == CHANNELS and name != TINY]
             raise ValueError(f"the edge parts are made for {CHANNELS} channels: choose {' or '.join(fit)}")
         return value
 

@@ -11,12 +11,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from umiad.config import DetectorConfig, nearest
+from umiad.config import MAX_BLOCKS, DetectorConfig, nearest
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.aggregate import AGGREGATES
 from umiad.nn.edge import EDGES, sobel_target
-from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid, pool, pooled_size
+from umiad.nn.encoder import BACKBONES, CHANNELS, TINY, Pyramid, grid, pool, pooled_size
 from umiad.nn.flow import ConditionalFlow, position_encoding
 from umiad.nn.fusion import FUSIONS
 from umiad.nn.guidance import GUIDANCES
@@ -47,7 +47,7 @@ class NetworkConfig(DetectorConfig):
     fusion: str = "mff"
     likelihood: str = "latent"
     condition_channels: int = Field(default=64, ge=4, multiple_of=4)
-    blocks: int = Field(default=8, ge=1)
+    blocks: int = Field(default=8, ge=1, le=MAX_BLOCKS)
     hidden_ratio: int = Field(default=8, ge=1, le=64)
     clamp: float = Field(default=1.9, gt=0)
     edge_weight: float = Field(default=1.0, ge=0)
@@ -57,7 +57,7 @@ class NetworkConfig(DetectorConfig):
     @classmethod
     def _fitting_backbone(cls, value: str) -> str:
         if BACKBONES[value] != CHANNELS:
-            fit = [name for name, channels in BACKBONES.items() if channels == CHANNELS]
+            fit = [name for name, channels in BACKBONES.items() if channels == CHANNELS and name != TINY]
             raise ValueError(f"EGM, EAM and MFF are made for {CHANNELS} channels: choose {' or '.join(fit)}")
         return value
 

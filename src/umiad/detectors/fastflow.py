@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from umiad.config import DetectorConfig, TrainingConfig
+from umiad.config import MAX_BLOCKS, DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.coupling import AllInOneFlow, convolutions
@@ -37,7 +37,7 @@ class FastflowConfig(DetectorConfig):
     """
 
     scales: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
-    blocks: int = Field(default=8, ge=1)
+    blocks: int = Field(default=8, ge=1, le=MAX_BLOCKS)
     kernels: Literal["3", "3-1"] = "3"
     hidden_ratio: float = Field(default=1.0, gt=0)
     clamp: float = Field(default=2.0, gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -28,7 +28,9 @@ class PadimConfig(DetectorConfig):
     `scales` of the pyramid (1..4), number of random `channels`, `epsilon` on the covariance's diagonal.
     """
 
-    scales: tuple[int, ...] = Field(default=(1, 2, 3), min_length=1)
+    scales: tuple[Annotated[int, Field(ge=1, le=4)], ...] = Field(
+        default=(1, 2, 3), min_length=1, max_length=4
+    )
     channels: int = Field(default=100, ge=1)
     epsilon: float = Field(default=0.01, gt=0)
     sigma: float = Field(default=4.0, ge=0)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from umiad.config import DetectorConfig, nearest
+from umiad.config import MAX_BLOCKS, DetectorConfig, nearest
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import ConfigError
@@ -69,7 +69,7 @@ class UFlowConfig(DetectorConfig):
     """
 
     norm: str = "affine"
-    blocks: int = Field(default=4, ge=1)
+    blocks: int = Field(default=4, ge=1, le=MAX_BLOCKS)
     hidden_ratio: float = Field(default=1.0, gt=0)
     clamp: float = Field(default=2.0, gt=0)
 

@@ -57,6 +57,7 @@ def _answer(
         yield _about(stack), b""
         if request["frames"] is not None:
             for number in frames.resolve(request["frames"], stack.count, name=source.name):
+                _limit(source.limits)  # each frame has the time of a file: a cine of 500 frames is no attack
                 image = stack.frame(number)
                 yield image_header(image), np.ascontiguousarray(image.pixels, dtype=np.float32).data.cast("B")
         yield {"end": True}, b""

@@ -26,7 +26,7 @@ from umiad.io.source import Limits, Source
 from umiad.types import Geometry, Image, Stack, framed
 
 WORKERS = max(1, min(4, os.cpu_count() or 1))
-"""Children per group of formats, at most."""
+"""Children per group of formats that are kept; a reader that finds none idle starts one, so none waits."""
 PATIENCE = 12
 """A child that is silent for this many times its ceiling of processor time is taken to hang."""
 START_SECONDS = 120
@@ -41,7 +41,6 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: dict[str, list[_Worker]] = {}
-        self._places: dict[str, threading.BoundedSemaphore] = {}
         self._closed = False
 
     def decode(
@@ -52,19 +51,16 @@ class Pool:
         Raises InputError for whatever happens to the child, UmiadError when none can be started.
         """
         group = "raster" if source.kind in RASTER_KINDS else source.kind.removesuffix(".gz")
-        with self._lock:
-            places = self._places.setdefault(group, threading.BoundedSemaphore(WORKERS))
-        with places:
-            worker = self._take(group)
-            done = False
-            try:
-                yield from worker.ask(content, source, frames=frames, mask=mask)
-                done = True
-            except _Refused as refused:
-                done = True
-                raise InputError(source.name, *refused.args) from None
-            finally:
-                self._give_back(group, worker, usable=done)
+        worker = self._take(group)
+        done = False
+        try:
+            yield from worker.ask(content, source, frames=frames, mask=mask)
+            done = True
+        except _Refused as refused:
+            done = True
+            raise InputError(source.name, *refused.args) from None
+        finally:
+            self._give_back(group, worker, usable=done)
 
     def close(self) -> None:
         """End all idle children; one that is busy ends with its file."""
@@ -94,8 +90,9 @@ class Pool:
     def _give_back(self, group: str, worker: _Worker, *, usable: bool) -> None:
         if usable and worker.alive:
             with self._lock:
-                if not self._closed:
-                    self._idle.setdefault(group, []).append(worker)
+                idle = self._idle.setdefault(group, [])
+                if not self._closed and len(idle) < WORKERS:
+                    idle.append(worker)
                     return
         worker.end()
 

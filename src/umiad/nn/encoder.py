@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -16,13 +17,15 @@ from umiad.errors import ModelFileError
 
 CHANNELS = (64, 128, 256, 512)
 """Channels of F1..F4 of ResNet18, the paper's backbone."""
+TINY = "resnet-tiny"
+"""For tests and golden files only: ResNet18's channels and strides in 0.2 MB, random weights, see `_tiny`."""
 BACKBONES: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {"resnet18": CHANNELS, "resnet34": CHANNELS, "resnet50": (256, 512, 1024, 2048)}
+    {"resnet18": CHANNELS, "resnet34": CHANNELS, "resnet50": (256, 512, 1024, 2048), TINY: CHANNELS}
 )
 """Name of each backbone -> channels of its F1..F4; all have the same strides."""
 _STRIDES = (4, 8, 16, 32)
 _SHOWN = 5  # problems named in one error message
-_TITLES = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50"}
+_TITLES = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", TINY: "the tiny ResNet"}
 
 
 @contextmanager
@@ -67,20 +70,10 @@ class Pyramid(nn.Module):
         self, state: Mapping[str, Tensor] | None, *, seed: int, backbone: str = "resnet18", depth: int = 4
     ) -> None:
         super().__init__()
-        from monai.networks import nets  # costs seconds: only where a pyramid is built
-
         self.channels = BACKBONES[backbone]
-        build = {"resnet18": nets.resnet18, "resnet34": nets.resnet34, "resnet50": nets.resnet50}[backbone]
+        build = _builder(backbone)
         with seeded(seed):
-            network = build(
-                spatial_dims=2,
-                n_input_channels=3,
-                num_classes=1000,
-                conv1_t_size=7,
-                conv1_t_stride=2,
-                shortcut_type="B",
-                bias_downsample=False,
-            )
+            network = build()
         if state is not None:
             _fill(network, state, name=backbone)
         self.conv1, self.bn1, self.act = network.conv1, network.bn1, network.act
@@ -102,6 +95,37 @@ class Pyramid(nn.Module):
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:depth]:
             maps.append(layer(maps[-1]))
         return tuple(maps[1:])
+
+
+def _builder(name: str) -> Callable[[], Any]:
+    """What builds a whole ResNet of MONAI, with weights from the global generators."""
+    from monai.networks import nets  # costs seconds: only where a pyramid is built
+
+    common: dict[str, Any] = {
+        "spatial_dims": 2,
+        "n_input_channels": 3,
+        "conv1_t_size": 7,
+        "conv1_t_stride": 2,
+    }
+    if name == TINY:
+        return partial(_tiny, **common)
+    build = {"resnet18": nets.resnet18, "resnet34": nets.resnet34, "resnet50": nets.resnet50}[name]
+    return partial(build, **common, num_classes=1000, shortcut_type="B", bias_downsample=False)
+
+
+def _tiny(**common: Any) -> Any:
+    """One bottleneck block per stage, its kernels a sixteenth as wide as its output, shortcuts without weights.
+
+    No published network: small enough to keep fitted models in the repository, with the channels that egmf's parts
+    are made for.
+    """
+    from monai.networks.nets.resnet import ResNet, ResNetBottleneck
+
+    class Bottleneck(ResNetBottleneck):
+        expansion = 16
+
+    inner = [channels // Bottleneck.expansion for channels in CHANNELS]
+    return ResNet(Bottleneck, [1, 1, 1, 1], inner, shortcut_type="A", feed_forward=False, **common)
 
 
 def grid(maps: Tensor) -> tuple[int, int]:
