@@ -29,6 +29,8 @@ class EGMF:
     configuration says. Presets:
 
     - "paper": the network with the published constants, for reproduction (`umiad.detectors.egmf_network`);
+    - "ablation": the same network in 15 epochs (batches of 16, 1e-3 falling along a cosine: the best held-out
+      likelihood of four short schedules on BUSI's normals), for comparing its parts (docs/results.md, Tables 5 to 8);
     - "default": affine flows, fitted in closed form (`umiad.detectors.egmf_affine`). Chosen on normal images
       only (docs/decisions/0005); outlines far better than the network, and detects at least as well (docs/results.md);
     - "quick": the same without the mirrored image: half the time to score, weaker where the two sides of the body
@@ -39,6 +41,7 @@ class EGMF:
     Config = EGMFConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": NetworkEGMF.presets["paper"],
+        "ablation": NetworkEGMF.presets["ablation"],
         "default": AffineEGMF.presets["default"],
         "quick": AffineEGMF.presets["quick"],
     }

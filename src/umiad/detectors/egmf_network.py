@@ -162,6 +162,9 @@ class NetworkEGMF:
     Config = NetworkConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "paper": {},
+        "ablation": {
+            "training": {"epochs": 15, "batch_size": 16, "learning_rate": 1e-3, "schedule": "cosine"}
+        },
         "default": {},
         "quick": {"training": {"epochs": 10, "batch_size": 8, "learning_rate": 5e-4}},
     }
