@@ -8,12 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image as Pillow
+from PIL import ImageDraw, ImageFont
 from rich.console import Console
 
+from make import dicom_file, grey_array, grey_png, save_array
 from umiad.data import DataSet, load_data
 from umiad.duplicates import fingerprints
 from umiad.errors import ConfigError
-from umiad.survey import Survey, render, survey
+from umiad.splits import make_split
+from umiad.survey import Survey, survey
+from umiad.survey_view import render
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(
@@ -282,6 +286,71 @@ def test_names_cannot_style_the_page(tmp_path: Path) -> None:
 def test_a_page_without_problems_says_so(tmp_path: Path) -> None:
     found = replace(look(small_set(tmp_path)), problems=())
     assert "no problems found" in show(found)
+
+
+def test_bits_that_only_one_class_has_are_a_warning(tmp_path: Path) -> None:
+    small_set(tmp_path, abnormal=0)
+    for index in range(4):
+        save_array(tmp_path / "abnormal" / f"{index}.png", grey_array(seed=index).astype(np.uint16) * 257)
+    found = look(tmp_path)
+    assert found.leaks.bits_auroc == 1.0
+    assert "bits per channel alone separates the labels: AUROC 1.00 (more if abnormal)" in texts(
+        found, "warning"
+    )
+    assert "images of 16 bits (4), all of them abnormal" in texts(found, "warning")
+
+
+def test_text_burnt_into_one_class_is_a_warning_that_names_the_images(tmp_path: Path) -> None:
+    for index in range(4):
+        grey_png(tmp_path / "normal" / f"{index}.png", (200, 240), seed=index)
+        shown = Pillow.fromarray(grey_array((200, 240), seed=10 + index) // 3)
+        ImageDraw.Draw(shown).text((20, 40), "LEFT BREAST", fill=255, font=ImageFont.load_default(18))
+        (tmp_path / "abnormal").mkdir(exist_ok=True)
+        shown.save(tmp_path / "abnormal" / f"{index}.png")
+    found = look(tmp_path)
+    assert [each.burnt_in for each in found.classes] == [4, 0]
+    warnings = texts(found, "warning")
+    assert "text or marks seem burnt into 4 of 8 images: they count as unusual (4 abnormal)" in warnings
+    assert "abnormal/0.png" in warnings
+    assert "text burnt into the pixels alone separates the labels: AUROC 1.00" in warnings
+
+
+def test_brightness_that_separates_the_labels_is_a_note(tmp_path: Path) -> None:
+    for index in range(5):
+        save_array(tmp_path / "normal" / f"{index}.png", grey_array(seed=index) // 2)
+        save_array(tmp_path / "abnormal" / f"{index}.png", grey_array(seed=10 + index))
+    found = look(tmp_path)
+    assert found.leaks.brightness_auroc == 1.0
+    assert "mean grey value alone separates the labels" in texts(found, "note")
+
+
+def test_I18_one_patient_in_train_and_test_is_an_error_and_stays_together_otherwise(tmp_path: Path) -> None:
+    for index in range(6):
+        folder = tmp_path / "train" / "good" if index < 4 else tmp_path / "test" / "good"
+        dicom_file(folder / f"n{index}.dcm", grey_array(seed=index), PatientID=str(index % 4))
+    dicom_file(tmp_path / "test" / "bad" / "a.dcm", grey_array(seed=9), PatientID="9")
+    found = look(tmp_path)
+    errors = texts(found, "error")
+    assert "groups of images of one patient in the train and the test part (2)" in errors
+
+
+def test_patients_are_counted_and_their_images_stay_on_one_side_of_a_drawn_split(tmp_path: Path) -> None:
+    def unlike(seed: int) -> np.ndarray:
+        coarse = np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8)
+        return np.kron(coarse, np.ones((6, 6), np.uint8))
+
+    for index in range(12):
+        dicom_file(tmp_path / "normal" / f"n{index}.dcm", unlike(index), PatientID=str(index // 3))
+    dicom_file(tmp_path / "abnormal" / "a.dcm", unlike(99), PatientID="99")
+    data = load_data(tmp_path)
+    found = look(data)
+    assert {each.kind: each.patients for each in found.classes} == {"normal": 4, "abnormal": 1}
+    split = make_split(data, fingerprints(data.cases), seed=0, holdout=0.0)
+    sides: dict[str, set[str]] = {}
+    for entry in split.entries:
+        sides.setdefault(entry.group, set()).add(entry.part)
+    assert all(len(parts) == 1 for group, parts in sides.items() if group)
+    assert len([group for group in sides if group]) == 4
 
 
 @pytest.mark.real

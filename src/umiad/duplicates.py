@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from umiad.burnt_in import find_burnt_in
 from umiad.cases import case_pixels
 from umiad.errors import InputError
 from umiad.preprocess import luminance
@@ -32,6 +33,7 @@ class Fingerprint:
     luminance and its size, so a file saved again without loss is recognised; `hash`: 32 bytes, the 256-bit
     average hash; `thumbnail`: float32 [16,16] in 0..1, area means of the luminance. `height`, `width`,
     `mode`, `bits` as in `Image`; `coloured`: fraction of pixels whose channels differ by more than 20/255.
+    `burnt_in`: characters and marks found in the pixels (see `umiad.burnt_in`); `patient` as in `Image`.
     """
 
     sha256: str
@@ -43,6 +45,8 @@ class Fingerprint:
     mode: str
     bits: int
     coloured: float
+    burnt_in: int = 0
+    patient: str = field(default="", repr=False)
 
 
 def fingerprint(source: Case | str | os.PathLike[str]) -> Fingerprint:
@@ -62,6 +66,8 @@ def fingerprint(source: Case | str | os.PathLike[str]) -> Fingerprint:
         mode=image.mode,
         bits=image.bits,
         coloured=_coloured(image),
+        burnt_in=find_burnt_in(grey).count,
+        patient=image.patient,
     )
 
 

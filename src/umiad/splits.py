@@ -145,9 +145,9 @@ def make_split(
 
     An official train/test split is kept and `seed` governs the hold-out only. Otherwise all abnormal images
     and as many normals as `DataSet.train_normals` leaves over are the test part. Images with equal bytes or
-    pixels, near-duplicates, equal `Case.group` and equal `groups` (name -> group) stay on one side; a group
-    with an abnormal image is tested. The hold-out is `holdout` of the training normals, at least 19 of 60 or
-    more. The result depends on names, contents, seed and hold-out only, not on order or location.
+    pixels, near-duplicates, of one patient, equal `Case.group` and equal `groups` (name -> group) stay on one
+    side; a group with an abnormal image is tested. The hold-out is `holdout` of the training normals, at least 19 of
+    60 or more. The result depends on names, contents, seed and hold-out only, not on order or location.
 
     Raises:
         ConfigError: `holdout` outside 0..0.9, negative seed.
@@ -213,7 +213,9 @@ def _draft(
     rows.sort(key=lambda row: row[0])
     names = [name for name, _, _ in rows]
     given = {data.path_of(case): name for name, case, _ in rows if case.frame is None}
-    groups = {given.get(name, name): group for name, group in groups.items()}  # aliased files go by their path too
+    groups = {
+        given.get(name, name): group for name, group in groups.items()
+    }  # aliased files go by their path too
     if unknown := sorted(groups.keys() - set(names)):
         reason = f"{len(unknown)} names in the groups are not in the data, the first is {unknown[0]!r}"
         raise InputError(
@@ -232,6 +234,7 @@ def _together(
         *equal_groups([each.sha256 for each in prints]),
         *equal_groups([each.pixels for each in prints]),
         *near_groups(prints),
+        *equal_groups([each.patient or one for each, one in zip(prints, alone, strict=True)]),
         *equal_groups([case.group or one for case, one in zip(cases, alone, strict=True)]),
         *equal_groups([groups.get(name) or one for name, one in zip(names, alone, strict=True)]),
     ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -19,19 +19,25 @@ from umiad.io import read_image, read_mask
 from umiad.splits import HOLDOUT_MIN, PARTS, make_split
 from umiad.types import ABNORMAL, NORMAL, Case
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 COLOURED_FROM = 0.001  # an image is coloured when more than this fraction of its pixels is
 LEAK_AUROC = 0.65
-STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
-CLASS_COLUMNS = (
-    *("class", "label", "images", "height", "width", "mode", "bits", "coloured", "masks (empty, several)"),
-)
+LEVELS = ("error", "warning", "note")
 LABELS = {NORMAL: "normal", ABNORMAL: "abnormal", None: "unlabelled"}
 
 Level: TypeAlias = Literal["error", "warning", "note"]
 Row: TypeAlias = tuple[str, Case, Fingerprint]
+
+
+LESS = {"larger": "smaller", "wider": "narrower", "more": "less"}
+LEAKS: tuple[tuple[str, Level, str, str], ...] = (
+    ("area", "warning", "image area", "larger"),
+    ("aspect", "warning", "width / height", "wider"),
+    ("bits", "warning", "bits per channel", "more"),
+    ("colour", "warning", "colour", "more"),
+    ("text", "warning", "text burnt into the pixels", "more"),
+    ("brightness", "note", "mean grey value", "more"),
+)
+"""What is looked at, how serious it is, what it is called, and what more of it is called."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,11 @@ class MaskSummary:
 
 @dataclass(frozen=True)
 class ClassSummary:
-    """One class folder. `heights`, `widths`: (minimum, median, maximum) pixels, None if unreadable."""
+    """One class folder. `heights`, `widths`: (minimum, median, maximum) pixels, None if unreadable.
+
+    `coloured`, `burnt_in`: images with colour, with text or marks in their pixels. `patients`: how many, None
+    where no file says.
+    """
 
     kind: str
     label: str
@@ -71,6 +81,8 @@ class ClassSummary:
     modes: dict[str, int]
     bits: dict[int, int]
     coloured: int
+    burnt_in: int
+    patients: int | None
     masks: MaskSummary
 
 
@@ -86,13 +98,23 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class Leaks:
-    """How well the file's form alone tells abnormal from normal; AUROC 0.5 = not at all, None = undefined.
+    """How well one number alone tells abnormal from normal; AUROC 0.5 = not at all, None = undefined.
 
-    Above 0.5 the abnormal images are larger (`area_auroc`), or wider for their height (`aspect_auroc`).
+    Above 0.5 the abnormal images have more of it: area, width / height, bits per channel, coloured pixels, text and
+    marks, mean grey value.
     """
 
     area_auroc: float | None
     aspect_auroc: float | None
+    bits_auroc: float | None
+    colour_auroc: float | None
+    text_auroc: float | None
+    brightness_auroc: float | None
+
+    def aurocs(self) -> Iterator[tuple[str, float | None]]:
+        """Name of the number, and its AUROC."""
+        for each in dataclasses.fields(self):
+            yield each.name.removesuffix("_auroc"), getattr(self, each.name)
 
 
 @dataclass(frozen=True)
@@ -142,17 +164,14 @@ def survey(
     unreadable = {data.name_of(case): each.reason for case, each in pairs if isinstance(each, InputError)}
     classes = _classes(data, rows)
     duplicates = _duplicates(rows)
-    leaks = Leaks(
-        area_auroc=_auroc([(case.label, each.height * each.width) for _, case, each in rows]),
-        aspect_auroc=_auroc([(case.label, each.width / each.height) for _, case, each in rows]),
-    )
+    leaks = _leaks(rows)
     stray = tuple(data.name_of(Case(path)) for path in data.stray)
     split, problems = _try_split(data, rows, seed=seed, holdout=holdout, groups=groups or {})
     problems += _file_problems(data, unreadable, stray)
     problems += _duplicate_problems(rows, duplicates)
     problems += [each for summary in classes for each in _mask_problems(summary)]
     problems += _leak_problems(rows, leaks)
-    ranked = tuple(sorted(problems, key=lambda problem: list(STYLES).index(problem.level)))
+    ranked = tuple(sorted(problems, key=lambda problem: LEVELS.index(problem.level)))
     return Survey(data.name, data.layout, classes, duplicates, leaks, split, stray, unreadable, ranked)
 
 
@@ -196,6 +215,8 @@ def _class(data: DataSet, rows: list[Row], key: tuple[str, int | None]) -> Class
         modes=dict(sorted(Counter(each.mode for each in prints).items())),
         bits=dict(sorted(Counter(each.bits for each in prints).items())),
         coloured=sum(each.coloured > COLOURED_FROM for each in prints),
+        burnt_in=sum(each.burnt_in > 0 for each in prints),
+        patients=len({each.patient for each in prints if each.patient}) or None,
         masks=_masks(rows),
     )
 
@@ -259,6 +280,18 @@ def _auroc(values: list[tuple[int | None, float]]) -> float | None:
     return float((ranks[abnormal].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
+def _leaks(rows: list[Row]) -> Leaks:
+    facts: dict[str, Callable[[Fingerprint], float]] = {
+        "area_auroc": lambda each: each.height * each.width,
+        "aspect_auroc": lambda each: each.width / each.height,
+        "bits_auroc": lambda each: each.bits,
+        "colour_auroc": lambda each: each.coloured,
+        "text_auroc": lambda each: each.burnt_in,
+        "brightness_auroc": lambda each: float(each.thumbnail.mean()),
+    }
+    return Leaks(**{name: _auroc([(c.label, of(each)) for _, c, each in rows]) for name, of in facts.items()})
+
+
 def _file_problems(data: DataSet, unreadable: dict[str, str], stray: tuple[str, ...]) -> Iterator[Problem]:
     if unreadable:
         listing = tuple(f"{name}: {reason}" for name, reason in unreadable.items())
@@ -276,7 +309,7 @@ def _duplicate_problems(rows: list[Row], duplicates: Duplicates) -> Iterator[Pro
     cases = {name: case for name, case, _ in rows}
     equal = duplicates.pixels  # equal bytes are equal pixels too
     near = tuple(group for group in duplicates.near if group not in set(equal))
-    own = equal_groups([case.group or (name,) for name, case, _ in rows])
+    own = equal_groups([each.patient or case.group or (name,) for name, case, each in rows])
     patients = tuple(tuple(rows[index][0] for index in group) for group in own)
     checks: tuple[tuple[Level, str, tuple[tuple[str, ...], ...]], ...] = (
         ("error", "equal images", equal),
@@ -327,11 +360,19 @@ def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
 
 def _leak_problems(rows: list[Row], leaks: Leaks) -> Iterator[Problem]:
     """What gives the label away without looking at the anatomy."""
-    for value, what in ((leaks.area_auroc, "image area"), (leaks.aspect_auroc, "width / height")):
+    for name, level, what, more in LEAKS:
+        value = getattr(leaks, f"{name}_auroc")
         if value is not None and (best := max(value, 1 - value)) > LEAK_AUROC:
-            side = "larger" if value > 0.5 else "smaller"
+            side = more if value > 0.5 else LESS[more]
             text = f"{what} alone separates the labels: AUROC {best:.2f} ({side} if abnormal)"
-            yield Problem("warning", text)
+            yield Problem(level, text)
+    if marked := [name for name, _, each in rows if each.burnt_in]:
+        text = f"text or marks seem burnt into {len(marked)} of {len(rows)} images: they count as unusual"
+        counts = Counter(LABELS[case.label] for _, case, each in rows if each.burnt_in)
+        shares = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
+        yield Problem("warning", f"{text} ({shares})", tuple(marked))
+    depths = [(name, case.label, f"{each.bits} bits") for name, case, each in rows]
+    yield from _one_sided(depths, "warning", "of {0}")
     form = [(name, case.label, each.mode) for name, case, each in rows]
     yield from _one_sided(form, "warning", "stored as {0}")
     coloured = [(name, case.label, "coloured") for name, case, each in rows if each.coloured > COLOURED_FROM]
@@ -351,49 +392,3 @@ def _one_sided(facts: list[tuple[str, int | None, str]], level: Level, words: st
         if value and len(labels) == 1:
             text = f"images {words.format(value)} ({len(owners)}), all of them {LABELS[labels.pop()]}"
             yield Problem(level, text, tuple(name for name, _ in owners))
-
-
-def render(found: Survey, console: Console) -> None:
-    """Write the survey for a person: classes, split, duplicates and leaks, then the problems."""
-    from rich.text import Text
-
-    twins, leaks = found.duplicates, found.leaks
-    area, aspect = ("-" if v is None else f"{v:.2f}" for v in (leaks.area_auroc, leaks.aspect_auroc))
-    title = f"{found.name} (layout {found.layout}; sizes are minimum..median..maximum)"
-    console.print(Text(_visible(title), style="bold"))
-    _print_table(console, CLASS_COLUMNS, [_class_cells(each) for each in found.classes])
-    if found.split is not None:
-        rows = [[part, *map(str, counts.values())] for part, counts in found.split.counts.items()]
-        _print_table(console, ("part", *LABELS.values()), rows)
-        console.print(Text(f"split: {found.split.rule}; {found.split.groups} groups kept together"))
-    console.print(
-        f"duplicate groups: {len(twins.content)} equal bytes, {len(twins.pixels)} equal pixels, "
-        f"{len(twins.near)} nearly equal; {len(twins.across)} across classes"
-    )
-    console.print(f"AUROC of the file's form alone: area {area}, width / height {aspect}")
-    for problem in found.problems or (Problem("note", "no problems found"),):
-        shown = ", ".join(problem.files[:3]) + (", ..." if len(problem.files) > 3 else "")
-        text = f" {problem.text}: {shown}" if shown else f" {problem.text}"
-        console.print(Text.assemble((problem.level, STYLES[problem.level]), _visible(text)))
-
-
-def _visible(text: str) -> str:
-    """Control characters as escapes: a file name must not steer the terminal."""
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
-def _print_table(console: Console, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    from rich import box, table, text
-
-    shown = table.Table(*columns, box=box.SIMPLE)
-    for row in rows:
-        shown.add_row(*(text.Text(_visible(cell)) for cell in row))
-    console.print(shown)
-
-
-def _class_cells(each: ClassSummary) -> list[str]:
-    sizes = ["-" if s is None else f"{s[0]:g}..{s[1]:g}..{s[2]:g}" for s in (each.heights, each.widths)]
-    modes = ", ".join(f"{name} {count}" for name, count in each.modes.items())
-    bits = ", ".join(map(str, each.bits))
-    masks = f"{each.masks.with_mask} ({len(each.masks.empty)}, {len(each.masks.several)})"
-    return [each.kind, each.label, str(each.count), *sizes, modes, bits, str(each.coloured), masks]

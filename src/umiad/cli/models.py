@@ -74,7 +74,8 @@ def check_data(
     from umiad.data import load_data
     from umiad.duplicates import fingerprints
     from umiad.splits import read_groups
-    from umiad.survey import render, survey
+    from umiad.survey import survey
+    from umiad.survey_view import render
 
     files = file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names)
     found = load_data(data, files=files)
