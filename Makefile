@@ -42,17 +42,23 @@ check: setup
 	$(BIN)/python -m pytest -q --doctest-modules src tests
 
 slow: setup
-	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout=1800
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout=1800 --reliability benchmarks/results/reliability.json
+	$(BIN)/python benchmarks/reliability_table.py
 
 bench: setup
 	$(BIN)/python benchmarks/metrics_speed.py
 	$(BIN)/python benchmarks/speed.py --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/scoring_speed.py --weights "$(WEIGHTS)"
+	[ ! -d "$(DATA)/busi/normal" ] || $(BIN)/python benchmarks/reading_cost.py --data "$(DATA)/busi/normal" --weights "$(WEIGHTS)"
 
 tables: setup
 ifdef RUN
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/table3.toml benchmarks/foundation.toml
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/win.toml
+	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/ablation.toml
+	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/ablation_sizes.toml
+	$(BIN)/python benchmarks/table1.py --data "$(DATA)"
+	$(BIN)/python benchmarks/table2.py
 	for name in proxy ideas learning_curve worst_misses limits; do \
 	  $(BIN)/python benchmarks/$$name.py --data "$(DATA)" --weights "$(WEIGHTS)" || exit 1; done
 endif

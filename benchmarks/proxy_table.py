@@ -72,13 +72,17 @@ def picked(results: Sequence[Result], dataset: str, candidates: Sequence[dict[st
     )
 
 
+BASE = "base: "
+"""How the idea that the others are compared with is named."""
+
+
 def ideas_block() -> Block:
     """Ideas beside the default, as `umiad tune` judges them: value of the base and differences to it."""
     name = "Ideas that were tried on normal images and synthetic anomalies"
     found = {dataset: known for dataset in DATASETS if (known := load_named(f"ideas-{dataset}"))}
     if not found:
         return missing(name, "benchmarks/results/ideas-*.json", IDEAS)
-    ideas = list(next(iter(found.values()))["ideas"])
+    ideas = sorted(next(iter(found.values()))["ideas"], key=lambda idea: (not idea.startswith(BASE), idea))
     rows = []
     for idea in ideas:
         cells = []

@@ -71,10 +71,15 @@ def select(
     detector: str,
     variant: str = "main",
     preset: str = "default",
+    size: int | None = None,
 ) -> list[Result]:
-    """The runs of one row of a table, by seed. Two results for one seed are an error: one of them is stale."""
+    """The runs of one row of a table, by seed. Two results for one seed are an error: one of them is stale.
+
+    `size` in pixels matters where a table compares sizes; None takes any.
+    """
     wanted = (dataset, detector, preset, variant)
     found = [r for r in results if (r["dataset"], r["detector"], r["preset"], r["variant"]) == wanted]
+    found = [r for r in found if size in (None, r["size"])]
     seeds = [run["seed"] for run in found]
     if len(set(seeds)) < len(seeds):
         raise SystemExit(f"{' '.join(wanted)}: two results for one seed; delete the stale one")
