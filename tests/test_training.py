@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from umiad import detectors
+from umiad.checkpoint import CHECKPOINTS
 from umiad.config import TrainingConfig
 from umiad.detectors.check import clean_images
 from umiad.errors import TrainingError, UmiadError
 from umiad.features import FeatureCache
 from umiad.interrupt import Interrupted
-from umiad.training import CHECKPOINT, LOG, TrainingRun, import_lightning, train
+from umiad.training import LOG, TrainingRun, import_lightning, train
 
 SIZE = 64
 
@@ -110,7 +111,7 @@ def test_the_checkpoint_leaves_the_frozen_encoder_out(tmp_path):
     detector = build()
     with pytest.raises(Interrupted):
         train(detector, run_of(detector, folder=tmp_path, on_epoch=interrupt_after(1)))
-    size = (tmp_path / CHECKPOINT / "tensors.safetensors").stat().st_size
+    size = (tmp_path / CHECKPOINTS / "epoch-000001" / "tensors.safetensors").stat().st_size
     trainable = sum(p.numel() for p in detector.module.parameters() if p.requires_grad)
     assert size < 4 * 3.2 * trainable  # weights and Adam's two moments, float32
 

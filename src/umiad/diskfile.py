@@ -114,6 +114,14 @@ def write_atomic(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove a file or link, or a folder with what it holds. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 @contextmanager
 def disk_errors(path: Path, *, needed: int) -> Iterator[None]:
     """Turn an OSError of the enclosed writing into DiskError with `needed` and free bytes."""

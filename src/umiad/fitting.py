@@ -42,7 +42,8 @@ class FitOptions(Config):
 
     `holdout`: share of the training normals set aside for the threshold (0 = none). `fpr`: false-positive
     rate of the threshold. `on_error` "fail" refuses unreadable files, "skip" leaves them out and names them.
-    `equalise`: see `Preprocessing`. `files`: how files are found and opened. `memory_limit`: bytes of features kept
+    `equalise`: see `Preprocessing`. `skip_nonfinite`: so many batches with a loss that is not finite are left out
+    and named before training stops. `files`: how files are found and opened. `memory_limit`: bytes of features kept
     in memory before they go to disk.
     """
 
@@ -53,6 +54,7 @@ class FitOptions(Config):
     intensity: Literal["full", "percentile"] = "full"
     equalise: int | None = Field(default=None, ge=32)
     on_error: Literal["fail", "skip"] = "fail"
+    skip_nonfinite: int = Field(default=0, ge=0, le=3)
     device: str = "auto"
     files: FileOptions = FileOptions()
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
@@ -152,7 +154,7 @@ def fit_model(
     material = _Material(dataset, split, by_hash)
     if out is None:
         return _fit(job, material, folder=None, resume=False)
-    with WorkFolder(out, _run_facts(job, split), resume=resume) as work:
+    with WorkFolder(out, _run_facts(job, split), resume=resume, on_note=reporter.note) as work:
         model = _fit(job, material, folder=work.path, resume=resume)
         model.save(out)
         work.remove()
@@ -276,6 +278,8 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
             folder=folder,
             device=job.options.device,
             on_epoch=job.reporter.epoch,
+            on_note=job.reporter.note,
+            skip_nonfinite=job.options.skip_nonfinite,
         )
         rows = train(job.detector, run, resume=resume)
         job.detector.module.to(job.options.device)

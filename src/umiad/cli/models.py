@@ -128,6 +128,15 @@ def fit(
     nan: Nan = "error",
     follow: Follow = False,
     show_names: ShowNames = False,
+    skip_nonfinite: Annotated[
+        int,
+        typer.Option(
+            "--skip-nonfinite",
+            min=0,
+            max=3,
+            help="Leave out so many batches whose loss is not finite, then stop.",
+        ),
+    ] = 0,
     device: Device = "auto",
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
@@ -159,6 +168,7 @@ def fit(
         intensity=intensity,
         equalise=equalise,
         on_error=on_error,
+        skip_nonfinite=skip_nonfinite,
         device=device,
         files=file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names),
     )
