@@ -27,6 +27,7 @@ from umiad.types import FileOptions, Finding, Image, framed
 
 READ_AHEAD = 16
 PICTURES_IN_REPORT = 60
+MEGABYTE = 1_000_000
 DEFAULT_FILES = FileOptions(frames="all")
 
 __all__ = ["Outputs", "Summary", "score_files"]
@@ -37,7 +38,7 @@ class Summary:
     """What came of a scoring run; `skipped` are (file, reason), `volumes` a summary for each file of several frames.
 
     `png16_full_scale`: the map value that 65535 stands for in 16-bit PNG maps (None for other formats).
-    `peak_memory`: megabytes that this process, and the largest decoding process, needed at most (None where unknown).
+    `peak_memory`: megabytes that this process, and the largest decoding process, held at most (None where unknown).
     """
 
     folder: Path
@@ -48,7 +49,7 @@ class Summary:
     pictures: list[Path] = field(default_factory=list)
     aliased: int = 0
     png16_full_scale: float | None = None
-    peak_memory: tuple[int, int] | None = None
+    peak_memory: tuple[int, int | None] | None = None
 
     @property
     def above(self) -> int:
@@ -260,16 +261,13 @@ def _volume_facts(volume: Volume, named: dict[str, str | None], model: FittedMod
     }
 
 
-def _peak_memory() -> tuple[int, int] | None:
-    """Megabytes: this process, and the largest of the children that have ended."""
+def _peak_memory() -> tuple[int, int | None] | None:
+    """Megabytes at most: of this process, and of the largest decoding process (None where unknown)."""
     try:
         import resource
     except ImportError:
         return None
-    pool.current().end_idle()  # so that they count
-    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
-    own, children = (
-        resource.getrusage(who).ru_maxrss * unit // 1_000_000
-        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    )
-    return own, children
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // MEGABYTE
+    children = pool.current().peak
+    return own, None if children is None else children // MEGABYTE

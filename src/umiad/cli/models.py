@@ -351,5 +351,6 @@ def _print_summary(summary: Summary, facts: dict[str, str | int | float | None])
         typer.echo(f"{summary.aliased} {text}; --show-names shows paths, which may name patients")
     if summary.peak_memory is not None:
         own, child = summary.peak_memory
-        typer.echo(f"peak memory: {own} MB, and {child} MB in the largest decoding process")
+        beside = "" if child is None else f", and {child} MB in the largest decoding process"
+        typer.echo(f"peak memory: {own} MB{beside}")
     typer.echo(f"report: {summary.folder / 'report.html'}")

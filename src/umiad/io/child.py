@@ -30,6 +30,7 @@ def main(group: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     requests, answers = _pipes()
     _import(group)
+    status = _status()
     _give_up_files()
     wire.send(answers, {"ready": group})
     _mute()
@@ -42,6 +43,8 @@ def main(group: str) -> None:
         _limit(source.limits)
         try:
             for header, payload in _answer(request, bytes(content), source):
+                if "end" in header or "error" in header:
+                    header["peak"] = _peak_bytes(status)
                 wire.send(answers, header, payload)
         except BrokenPipeError:
             return
@@ -113,6 +116,23 @@ def _pipes() -> tuple[BinaryIO, BinaryIO]:
 def _mute() -> None:
     """Until now standard error told why a start failed; C libraries would write about each bad file there."""
     os.dup2(1, 2)
+
+
+def _status() -> int | None:
+    """What the operating system says of this process, opened while that may be done. Linux only."""
+    try:
+        return os.open("/proc/self/status", os.O_RDONLY)
+    except OSError:
+        return None
+
+
+def _peak_bytes(status: int | None) -> int | None:
+    """The most memory this process has held; `ru_maxrss` would start at that of the parent."""
+    if status is None:
+        return None
+    lines = os.pread(status, 8192, 0).decode(errors="replace").splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("VmHWM:")]
+    return int(found[0]) * 1024 if found else None
 
 
 def _redirect(number: int) -> None:

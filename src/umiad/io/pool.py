@@ -42,6 +42,8 @@ class Pool:
         self._lock = threading.Lock()
         self._idle: dict[str, list[_Worker]] = {}
         self._closed = False
+        self.peak: int | None = None
+        """Bytes that the largest child held at most; None before the first file, and where it is unknown."""
 
     def decode(
         self, content: bytes, source: Source, *, frames: str | None = None, mask: bool = False
@@ -60,6 +62,8 @@ class Pool:
             done = True
             raise InputError(source.name, *refused.args) from None
         finally:
+            if worker.peak is not None:
+                self.peak = max(self.peak or 0, worker.peak)
             self._give_back(group, worker, usable=done)
 
     def close(self) -> None:
@@ -149,6 +153,7 @@ class _Worker:
                 "files are decoded in a process of their own, but this Python names no executable; "
                 "set sys.executable, or pass Limits(isolated=False) for files that you trust"
             )
+        self.peak: int | None = None
         command = [sys.executable, "-P", "-m", "umiad.io.child", group]
         pipe = subprocess.PIPE
         self._process = subprocess.Popen(  # noqa: S603 - our own module under our own interpreter
@@ -191,6 +196,7 @@ class _Worker:
                 raise self._lost(source, timed_out=_PROCESS.watch.end(self._process)) from None
             finally:
                 _PROCESS.watch.end(self._process)
+            self.peak = header.get("peak", self.peak)
             if "error" in header:
                 raise _Refused(*header["error"])
             if "end" in header:
