@@ -302,8 +302,8 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
         (struct.pack("<HHI", 8, 0, 4) + bytes(12), "DICOM"),
         (struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(10), "NIfTI"),
         (struct.pack("<i", 540) + b"n+2\0\r\n\x1a\n" + bytes(540), "NIfTI"),
-        (gzip.compress(struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(10)), "NIfTI.gz"),
-        (gzip.compress(b"hello"), "gzip"),
+        (gzip.compress(struct.pack("<i", 348) + bytes(340) + b"n+1\0" + bytes(10), mtime=0), "NIfTI.gz"),
+        (gzip.compress(b"hello", mtime=0), "gzip"),
         (b"\x1f\x8b\x08" + bytes(30), "gzip"),
         (b"\x08\x00 is how this text starts", ""),
     ],
@@ -311,8 +311,8 @@ def test_content_decides_not_the_name(tmp_path: Path) -> None:
 def test_I13_content_decides_what_a_file_is(tmp_path: Path, content: bytes, kind: str) -> None:
     path = stored(tmp_path / "scan.png", content)
     assert kind_of_file(path) == kind
-    named = kind.removesuffix(".gz") if kind not in ("", "gzip") else "is a gzip file|no known image format"
-    with pytest.raises(InputError, match=named):
+    named = {"DICOM": "PixelData|DICOM", "gzip": "is a gzip file", "": "no known image format"}
+    with pytest.raises(InputError, match=named.get(kind, "declares 0 dimensions|NIfTI")):
         read_image(path)
 
 

@@ -7,8 +7,6 @@ pydicom parses; what it leaves to its users is done here: the modality transform
 from __future__ import annotations
 
 import logging
-import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -18,11 +16,11 @@ import numpy as np
 from umiad.errors import InputError
 from umiad.io.dicom_header import Header, Layout, patient_token, read_header, read_layout, spacing
 from umiad.io.dicom_pixels import Pixels, open_pixels
+from umiad.io.quiet import silent_warnings
 from umiad.io.source import Source
 from umiad.types import Image, Stack
 
 Curve: TypeAlias = Callable[[np.ndarray], np.ndarray]  # float64 -> float64, elementwise
-_LOCK = threading.RLock()  # warnings.catch_warnings changes a setting of the whole process
 _TABLE_BITS = 16  # up to here every stored number is transformed once, through a table
 _CHUNK = 1 << 20  # pixels transformed at a time
 _PERCENTILES = (0.5, 99.5)
@@ -71,8 +69,7 @@ def _one_error(name: str) -> Iterator[None]:
     """Turn every failure into InputError without quoting it (it may hold text of the file); silence pydicom."""
     failure: InputError | None = None
     logger = logging.getLogger("pydicom")
-    with _LOCK, warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore")
+    with silent_warnings(), np.errstate(all="ignore"):
         propagate, logger.propagate = logger.propagate, False
         try:
             yield

@@ -27,7 +27,7 @@ from pydicom.uid import (
 )
 
 from umiad.errors import InputError
-from umiad.io.source import Source
+from umiad.io.source import UNSUSPICIOUS, Source
 
 _WANTED = """SOPClassUID PatientID IssuerOfPatientID BurnedInAnnotation Rows Columns SamplesPerPixel
 BitsAllocated BitsStored HighBit PixelRepresentation PlanarConfiguration PhotometricInterpretation NumberOfFrames
@@ -197,7 +197,7 @@ def _encoding(stream: BytesIO, syntax: UID | None) -> tuple[bool, bool]:
 def _inflate(compressed: memoryview, source: Source) -> BytesIO:
     """Inflate a deflated data set, counting first and keeping afterwards. Raises InputError above the ceilings."""
     limits = source.limits
-    ceiling = min(limits.max_inflated, limits.max_ratio * len(compressed))
+    ceiling = limits.most_inflated(len(compressed))
     total = 0
     try:
         for piece in _inflated(compressed):
@@ -206,7 +206,8 @@ def _inflate(compressed: memoryview, source: Source) -> BytesIO:
                 raise InputError(
                     source.name,
                     f"is deflated and grows to more than {ceiling} bytes, which exceeds the ceiling "
-                    f"({limits.max_inflated} bytes and {limits.max_ratio} times its size; counted while inflating)",
+                    f"({limits.max_inflated} bytes, and beyond {UNSUSPICIOUS} also {limits.max_ratio} times its size; "
+                    "counted while inflating)",
                     "convert it to an uncompressed transfer syntax",
                 )
         stream = BytesIO()

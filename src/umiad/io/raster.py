@@ -8,10 +8,7 @@ leave a decoder (one InputError).
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -21,6 +18,7 @@ import PIL.Image
 from PIL.Image import Transpose
 
 from umiad.errors import InputError
+from umiad.io.quiet import recorded_warnings
 from umiad.io.source import Source
 from umiad.types import Image
 
@@ -36,7 +34,6 @@ _UPRIGHT = {
 }
 _MOST_FRAMES = 1000  # frames are counted one by one, and only for a message
 _LABEL_CEILING = 0.1  # a mask whose brightest pixel is darker than this holds label numbers
-_WARNINGS_LOCK = threading.Lock()  # warnings.catch_warnings changes a setting of the whole process
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +77,8 @@ def read_bright(content: bytes, source: Source) -> np.ndarray:
 def _decode(content: bytes, source: Source) -> _Decoded:
     """Check the header, verify checksums, decode. Raises InputError for anything that goes wrong."""
     try:
-        with _recorded_warnings() as messages:
+        bomb = PIL.Image.DecompressionBombWarning  # ours is the lower ceiling
+        with recorded_warnings(dropped=bomb) as messages:
             with PIL.Image.open(BytesIO(content), formats=[source.kind]) as picture:
                 _check_header(picture, source)
                 picture.verify()
@@ -105,17 +103,6 @@ def _decode(content: bytes, source: Source) -> _Decoded:
         raise InputError(source.name, reason, "it is damaged or truncated; export it again") from error
     notes = _notes(messages, picture.mode, bits, source)
     return _Decoded(colour, alpha, picture.mode, bits, notes)
-
-
-@contextmanager
-def _recorded_warnings() -> Iterator[list[str]]:
-    """Keep Pillow's warnings from the user's terminal and from turning into errors; yields their texts."""
-    messages: list[str] = []
-    with _WARNINGS_LOCK, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield messages
-        bomb = PIL.Image.DecompressionBombWarning  # ours is the lower ceiling
-        messages += [str(each.message).strip() for each in caught if not issubclass(each.category, bomb)]
 
 
 def _notes(messages: list[str], mode: str, bits: int, source: Source) -> tuple[str, ...]:

@@ -7,9 +7,11 @@ from typing import Literal
 
 from umiad.types import Axis, Window
 
-__all__ = ["MIB", "Axis", "Limits", "Source", "Window"]
+__all__ = ["MIB", "UNSUSPICIOUS", "Axis", "Limits", "Source", "Window"]
 
 MIB = 1 << 20
+UNSUSPICIOUS = 64 * MIB
+"""Bytes that any compressed file may grow to: an ordinary mask, nearly empty, is a thousand times its file."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,9 @@ class Limits:
     `max_bytes`: size of the file. `max_pixels`: width times height of one image as declared in the header
     (Pillow's own ceiling, 178,956,970 pixels, holds too). `min_edge`: shortest edge in pixels. `max_frames`:
     frames of a DICOM file. `max_voxels`: of a volume. `max_inflated`: bytes that a compressed file may grow to,
-    `max_ratio`: times its own size (both counted while inflating). `isolated`: decode in a child process
-    with at most `child_memory` bytes of address space and `child_seconds` of processor time for a file.
+    `max_ratio`: times its own size, which counts only beyond 64 MiB (`UNSUSPICIOUS`); both are counted while
+    inflating. `isolated`: decode in a child process with at most `child_memory` bytes of address space and
+    `child_seconds` of processor time for a file, and for each of its frames.
     """
 
     max_bytes: int = 64 * MIB
@@ -33,6 +36,10 @@ class Limits:
     isolated: bool = True
     child_memory: int = 1024 * MIB
     child_seconds: int = 5
+
+    def most_inflated(self, size: int) -> int:
+        """Bytes that a compressed file, or the compressed part of one, of `size` bytes may grow to."""
+        return min(self.max_inflated, max(UNSUSPICIOUS, self.max_ratio * size))
 
 
 @dataclass(frozen=True)

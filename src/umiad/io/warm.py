@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 from contextlib import suppress
 from importlib import import_module
@@ -32,11 +33,19 @@ def dicom() -> None:
     import pydicom
     import pydicom.pixels.decoders as decoders
 
-    for name in ("numpy.ma", "pydicom.charset", "pydicom.encaps", "pydicom.pixels.processing", "pydicom.sr.codedict"):
+    for name in (
+        "numpy.ma",
+        "pydicom.charset",
+        "pydicom.encaps",
+        "pydicom.pixels.processing",
+        "pydicom.sr.codedict",
+    ):
         import_module(name)
     for name in ("pylibjpeg", "openjpeg", "umiad.io.dicom"):
         with suppress(ImportError):
             import_module(name)
+    for name in pydicom.charset.python_encoding.values():
+        codecs.lookup(name)
     for each in vars(decoders).values():
         if isinstance(each, decoders.base.Decoder):
             _ = each.available_plugins
