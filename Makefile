@@ -42,8 +42,8 @@ check: setup
 	$(BIN)/python -m pytest -q --doctest-modules src tests
 
 slow: setup
-	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout=1800 --reliability benchmarks/results/reliability.json
-	$(BIN)/python benchmarks/reliability_table.py
+	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout=1800 --reliability benchmarks/results/reliability.json; \
+	  status=$$?; $(BIN)/python benchmarks/reliability_table.py && exit $$status
 
 bench: setup
 	$(BIN)/python benchmarks/metrics_speed.py
@@ -63,6 +63,7 @@ ifdef RUN
 	  $(BIN)/python benchmarks/$$name.py --data "$(DATA)" --weights "$(WEIGHTS)" || exit 1; done
 endif
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/reliability_table.py
 
 clean:
 	rm -rf demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
