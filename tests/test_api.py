@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import umiad
-from make import tiny_set
+from make import save_array, tiny_set
 from umiad.api import FitOptions
 from umiad.errors import ConfigError, InputError, ModelFileError
-from umiad.fitting import resolve_device
+from umiad.fitting import Silent, resolve_device
 from umiad.splits import Split
 
 SIZE = 64
@@ -165,6 +165,41 @@ def test_an_unreadable_file_refuses_before_fitting_or_is_left_out(tmp_path):
         fit(data, tmp_path)
     assert not (tmp_path / "model").exists()
     assert fit(data, tmp_path, on_error="skip").info["n_train"] > 0
+
+
+@pytest.mark.parametrize("damaged", [10])
+def test_T5_skip_leaves_out_one_in_a_hundred_and_says_so(damaged, tmp_path):
+    for index in range(1000):
+        save_array(tmp_path / "set" / f"n{index:04d}.png", random_array(index))
+    for index in range(damaged):
+        (tmp_path / "set" / f"n{index * 37:04d}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    notes: list[str] = []
+    model = fit_intensity(tmp_path / "set", notes)
+    assert model.info["n_train"] == 1000 - damaged
+    assert f"{damaged} of 1000 files were left out" in notes
+    assert sum(note.startswith("left out: ") for note in notes) == damaged
+
+
+def test_T5_more_than_one_in_a_hundred_are_refused_before_fitting(tmp_path):
+    for index in range(200):
+        save_array(tmp_path / "set" / f"n{index:04d}.png", random_array(index))
+    for index in range(3):
+        (tmp_path / "set" / f"n{index * 37:04d}.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(InputError, match=r"3 of 200 files are unreadable, --on-error skip allows 1%"):
+        fit_intensity(tmp_path / "set", [])
+
+
+def random_array(seed):
+    return np.random.default_rng(seed).integers(0, 256, (32, 32), dtype=np.uint8)
+
+
+def fit_intensity(folder, notes):
+    class Notes(Silent):
+        def note(self, text):
+            notes.append(text)
+
+    options = FitOptions(holdout=0.0, on_error="skip")
+    return umiad.fit(umiad.build("intensity", size=SIZE), folder, options=options, reporter=Notes())
 
 
 def test_calibrating_on_other_normals_moves_the_threshold_only(model, data, tmp_path):
