@@ -43,7 +43,9 @@ def alternate(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[s
 
 def main() -> None:
     """Measure, print and store."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder of clean images")
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
     parser.add_argument("--repeats", type=int, default=5)
@@ -73,9 +75,7 @@ def main() -> None:
         "repeats": options.repeats,
         "read_ratio": round(found["read_isolated"] / found["read_here"], 3),
         "added_to_scoring": round(found["score_isolated"] / found["score_here"] - 1, 4),
-        "read_added_per_score": round(
-            (found["read_isolated"] - found["read_here"]) / found["score_here"], 4
-        ),
+        "read_added_per_score": round((found["read_isolated"] - found["read_here"]) / found["score_here"], 4),
         "goal": GOAL,
     }
     TARGET.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from make import tiny_set
+from make import nifti_file, tiny_set
 from umiad import detectors
 from umiad.cli.app import app
 
@@ -343,3 +343,50 @@ def test_ctrl_c_stops_with_130_and_resume_goes_on(data, tmp_path):
     assert not (tmp_path / "m.work").exists()
     kept = [(tmp_path / name / "weights.safetensors").read_bytes() for name in ("whole", "m")]
     assert kept[0] == kept[1]
+
+
+def test_window_and_frames_are_remembered_by_the_model(tmp_path):
+    for index in range(8):
+        volume = np.random.default_rng(index).integers(0, 900, (40, 44, 36)).astype(np.int16)
+        nifti_file(tmp_path / "set" / "normal" / f"n{index}.nii.gz", volume)
+        nifti_file(tmp_path / "set" / "abnormal" / f"a{index}.nii.gz", volume[::-1] // 2)
+    words = (
+        "--detector",
+        "intensity",
+        "--size",
+        "64",
+        "--holdout",
+        "0",
+        "--frame",
+        "1:3",
+        "--window",
+        "400,800",
+    )
+    run("fit", tmp_path / "set", "--out", tmp_path / "model", *words, "--axis", "coronal")
+    config = json.loads(run("inspect", tmp_path / "model", "--json").stdout)["config"]
+    assert config["preprocessing"]["reading"] == {"window": [400.0, 800.0], "axis": "coronal", "nan": "error"}
+    assert config["preprocessing"]["frames"] == "1:3"
+    run("evaluate", tmp_path / "model", tmp_path / "set", "--out", tmp_path / "report", "--resamples", "20")
+    counts = json.loads((tmp_path / "report" / "metrics.json").read_text())["counts"]
+    assert counts["n_abnormal"] == 16
+    without = run("check-data", tmp_path / "set", code=3).stdout
+    assert "holds 36 frames or slices" in without
+    assert "n_train" in run("inspect", tmp_path / "model").stdout
+    compared = ("--detectors", "intensity,size", "--size", "64", "--frame", "2", "--resamples", "20")
+    run("compare", tmp_path / "set", "--out", tmp_path / "compared", *compared, "--weights", "random")
+    again = run("compare", tmp_path / "set", "--out", tmp_path / "compared", *compared, "--weights", "random")
+    assert "loaded" in again.stdout
+
+
+@pytest.mark.parametrize("window", ["wide", "1", "1,2,3", "10,0", "nan,4"])
+def test_a_window_that_is_none_is_a_usage_error(data, window, tmp_path):
+    assert "--window" in run("check-data", data, "--window", window, code=2).stderr
+
+
+def test_a_pinned_manifest_refuses_any_other(model, data, tmp_path):
+    digest = json.loads(run("inspect", model, "--json").stdout)["manifest_sha256"]
+    picture = data / "normal" / sorted(os.listdir(data / "normal"))[0]
+    run("score", model, picture, "--out", tmp_path / "a", "--manifest-sha256", digest)
+    refused = run("score", model, picture, "--out", tmp_path / "b", "--manifest-sha256", "0" * 64, code=5)
+    assert "manifest" in refused.stderr
+    assert not (tmp_path / "b").exists()

@@ -11,13 +11,14 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from rich.console import Console
 
-from make import dicom_file, grey_array, grey_png, save_array
+from make import dicom_file, grey_array, grey_png, nifti_file, save_array
 from umiad.data import DataSet, load_data
-from umiad.duplicates import fingerprints
+from umiad.duplicates import Fingerprint, fingerprints
 from umiad.errors import ConfigError
 from umiad.splits import make_split
 from umiad.survey import Survey, survey
 from umiad.survey_view import render
+from umiad.types import FileOptions
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_real = pytest.mark.skipif(
@@ -392,3 +393,50 @@ def test_busi_has_its_masks_and_its_pair_across_classes() -> None:
     }
     assert "benign/benign (433).png = malignant/malignant (145).png" in texts(found, "warning")
     assert not texts(found, "error")
+
+
+def test_masks_of_volumes_are_looked_at_slice_by_slice(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for index in range(5):
+        volume = rng.integers(0, 200, (40, 44, 4)).astype(np.uint8)
+        nifti_file(tmp_path / "normal" / f"n{index}.nii", volume)
+        nifti_file(tmp_path / "abnormal" / f"a{index}.nii", volume[::-1])
+        labels = np.zeros((40, 44, 4), np.uint8)
+        labels[5:20, 5:20, 2] = 2
+        nifti_file(tmp_path / "masks" / f"a{index}_mask.nii.gz", labels)
+    found = look(load_data(tmp_path, files=FileOptions(frames="all")))
+    assert not texts(found, "error")
+    assert "masks" not in texts(found, "warning")
+    [masks] = [each.masks for each in found.classes if each.kind == "abnormal"]
+    assert (masks.with_mask, masks.empty) == (20, ())
+
+
+def test_an_unreadable_mask_of_a_dicom_file_is_named_without_its_path(tmp_path: Path) -> None:
+    small_set(tmp_path)
+    dicom_file(tmp_path / "abnormal" / "0_mask.dcm", grey_array())
+    found = look(tmp_path)
+    assert "masks cannot be read | abnormal/0.png, mask dicom-" in texts(found, "error")
+
+
+def test_a_patient_with_images_of_both_labels_is_a_note(tmp_path: Path) -> None:
+    small_set(tmp_path)
+    for kind in ("normal", "abnormal"):
+        picture(tmp_path / "plain.png", 77 if kind == "normal" else 78, size=(48, 40))
+        stored = np.asarray(Pillow.open(tmp_path / "plain.png"))
+        dicom_file(tmp_path / kind / "p.dcm", stored, PatientID="7")
+    (tmp_path / "plain.png").unlink()
+    assert "groups of images of one patient with different labels (1)" in texts(look(tmp_path), "note")
+
+
+def test_rare_text_in_one_class_alone_gives_the_label_away(tmp_path: Path) -> None:
+    prints = fingerprints(load_data(small_set(tmp_path, normal=40, abnormal=40)).cases)
+    data = load_data(tmp_path)
+    marked = [
+        replace(each, burnt_in=9) if isinstance(each, Fingerprint) and index < 8 else each
+        for index, each in enumerate(prints)  # abnormal/ comes first
+    ]
+    found = survey(data, marked, seed=0, holdout=0.2)
+    assert found.leaks.text_auroc == pytest.approx(0.6)
+    assert "burnt into 8 of 80 images: they count as unusual, and they give the label away" in texts(
+        found, "warning"
+    )

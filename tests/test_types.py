@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from umiad.types import Case, Finding, Image, Region
+from umiad.types import Case, FileOptions, Finding, Image, Reading, Region
 
 
 def finding():
@@ -43,3 +43,11 @@ def test_areas_are_in_square_millimetres_where_the_spacing_is_known():
 def test_a_case_is_named_by_its_alias_and_its_frame():
     assert Case(Path("a/DOE_JANE.dcm"), alias="dicom-0123", frame=3).name == "dicom-0123#3"
     assert Case(Path("a/b.png")).name == "a/b.png"
+
+
+def test_file_options_as_words_of_the_command_line():
+    assert FileOptions().arguments() == []
+    options = FileOptions("40:90", Reading((40.0, 80.0), "coronal", "zero"), follow=True)
+    assert options.arguments() == [
+        *("--frame", "40:90", "--window", "40,80", "--axis", "coronal", "--nan", "zero", "--follow"),
+    ]

@@ -64,7 +64,13 @@ class _Job:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        return Preprocessing(size=self.options.size, equalise=self.options.equalise)
+        files = self.dataset.files
+        return Preprocessing(
+            size=self.options.size,
+            equalise=self.options.equalise,
+            reading=files.reading,
+            frames=files.frames,
+        )
 
 
 class _Named:

@@ -33,6 +33,8 @@ LAYOUTS = (
     "images, or a .csv file with the columns path,label[,mask,patient,split]"
 )
 
+DEFAULT_FILES = FileOptions()
+
 # Class folders that identify the paper's sets, and the paper's training normals: (used, of how many).
 PAPER_FOLDERS = {
     frozenset({"benign", "malignant", "normal"}): "busi",
@@ -41,8 +43,6 @@ PAPER_FOLDERS = {
 }
 PAPER_TRAIN = {"busi": (99, 133), "brain_mri": (88, 98), "head_ct": (90, 100)}
 GENERIC_TRAIN = (80, 100)
-
-DEFAULT_FILES = FileOptions()
 
 _MASK_NAME = re.compile(r"^(?P<stem>.+?)_mask(_\d+)?$", re.IGNORECASE)
 _NUMBERED = re.compile(r"^(?P<stem>.+)_\d+$")
@@ -54,7 +54,7 @@ class DataSet:
 
     `layout` is "busi", "brain_mri", "head_ct", "mvtec", "folders", "normal_only", "flat" or "csv"; `root` is
     the folder that names are relative to; `stray` lists files that are no images (read once, ignored);
-    `notes` are sentences a user should see.
+    `notes` are sentences a user should see; `files`: how the files were found and opened.
     """
 
     name: str
@@ -63,6 +63,7 @@ class DataSet:
     cases: tuple[Case, ...]
     stray: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    files: FileOptions = DEFAULT_FILES
 
     def name_of(self, case: Case) -> str:
         r"""The case's path relative to the root, with forward slashes: the same on every machine.
@@ -102,7 +103,7 @@ def load_data(path: str | os.PathLike[str], *, files: FileOptions = DEFAULT_FILE
     if root.is_file():
         if root.suffix.lower() == ".csv":
             data = _load_csv(root)
-            return replace(data, cases=expand(data.cases, files))
+            return replace(data, cases=expand(data.cases, files), files=files)
         raise InputError(
             root, "is a single file, expected a folder or a .csv file", "give the folder it lies in"
         )
@@ -116,7 +117,8 @@ def load_data(path: str | os.PathLike[str], *, files: FileOptions = DEFAULT_FILE
             root, f"has the structure '{data_set.layout}' but holds no images", f"expected {LAYOUTS}"
         )
     cases = expand(data_set.cases, files)
-    return replace(data_set, cases=cases, stray=tuple(found.stray), notes=data_set.notes + found.remarks())
+    notes = data_set.notes + found.remarks()
+    return replace(data_set, cases=cases, stray=tuple(found.stray), notes=notes, files=files)
 
 
 def list_images(

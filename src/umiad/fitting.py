@@ -144,8 +144,8 @@ def fit_model(
         colour=options.colour,
         intensity=options.intensity,
         equalise=options.equalise,
-        reading=next((case.reading for case in dataset.cases), options.files.reading),
-        frames=options.files.frames,
+        reading=dataset.files.reading,
+        frames=dataset.files.frames,
     )
     job = _Job(detector, replace_device(options), preprocessing, reporter)
     dataset, prints = _readable(dataset, job)

@@ -63,4 +63,6 @@ def _picture(model: FittedModel, case: Case) -> Picture:
     overlay = draw_overlay(image, finding.anomaly_map, scale=scale, regions=finding.regions, mask=mask)
     p_value = "" if finding.p_value is None else f", p = {p_text(finding.p_value)}"
     kind = case.kind or ("abnormal" if case.label else "normal")
-    return Picture(f"{case.alias or case.path.name} ({kind})", png_bytes(overlay), f"score {score:.5g}{p_value}")
+    return Picture(
+        f"{case.alias or case.path.name} ({kind})", png_bytes(overlay), f"score {score:.5g}{p_value}"
+    )

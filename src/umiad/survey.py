@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeAlias
 
 import numpy as np
 
+from umiad.cases import alias_of
 from umiad.data import DataSet
 from umiad.duplicates import Fingerprint, equal_groups, near_groups
 from umiad.errors import InputError
-from umiad.io import read_image, read_mask
+from umiad.io import kind_of_file, read_image, read_mask
+from umiad.leaks import COLOURED_FROM, LABELS, Leaks, Level, Problem, Row, leak_problems, measure_leaks
 from umiad.splits import HOLDOUT_MIN, PARTS, make_split
-from umiad.types import ABNORMAL, NORMAL, Case
+from umiad.types import Case
 
-COLOURED_FROM = 0.001  # an image is coloured when more than this fraction of its pixels is
-LEAK_AUROC = 0.65
 LEVELS = ("error", "warning", "note")
-LABELS = {NORMAL: "normal", ABNORMAL: "abnormal", None: "unlabelled"}
-
-Level: TypeAlias = Literal["error", "warning", "note"]
-Row: TypeAlias = tuple[str, Case, Fingerprint]
-
-
-LESS = {"larger": "smaller", "wider": "narrower", "more": "less"}
-LEAKS: tuple[tuple[str, Level, str, str], ...] = (
-    ("area", "warning", "image area", "larger"),
-    ("aspect", "warning", "width / height", "wider"),
-    ("bits", "warning", "bits per channel", "more"),
-    ("colour", "warning", "colour", "more"),
-    ("text", "warning", "text burnt into the pixels", "more"),
-    ("brightness", "note", "mean grey value", "more"),
-)
-"""What is looked at, how serious it is, what it is called, and what more of it is called."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something to know before fitting; an "error" must be solved, a "warning" weakens the results."""
-
-    level: Level
-    text: str
-    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,27 +70,6 @@ class Duplicates:
 
 
 @dataclass(frozen=True)
-class Leaks:
-    """How well one number alone tells abnormal from normal; AUROC 0.5 = not at all, None = undefined.
-
-    Above 0.5 the abnormal images have more of it: area, width / height, bits per channel, coloured pixels, text and
-    marks, mean grey value.
-    """
-
-    area_auroc: float | None
-    aspect_auroc: float | None
-    bits_auroc: float | None
-    colour_auroc: float | None
-    text_auroc: float | None
-    brightness_auroc: float | None
-
-    def aurocs(self) -> Iterator[tuple[str, float | None]]:
-        """Name of the number, and its AUROC."""
-        for each in dataclasses.fields(self):
-            yield each.name.removesuffix("_auroc"), getattr(self, each.name)
-
-
-@dataclass(frozen=True)
 class SplitSummary:
     """The split that would be made: `counts[part][label]`, and how many groups keep images together."""
 
@@ -164,13 +116,13 @@ def survey(
     unreadable = {data.name_of(case): each.reason for case, each in pairs if isinstance(each, InputError)}
     classes = _classes(data, rows)
     duplicates = _duplicates(rows)
-    leaks = _leaks(rows)
+    leaks = measure_leaks(rows)
     stray = tuple(data.name_of(Case(path)) for path in data.stray)
     split, problems = _try_split(data, rows, seed=seed, holdout=holdout, groups=groups or {})
     problems += _file_problems(data, unreadable, stray)
     problems += _duplicate_problems(rows, duplicates)
     problems += [each for summary in classes for each in _mask_problems(summary)]
-    problems += _leak_problems(rows, leaks)
+    problems += leak_problems(rows, leaks)
     ranked = tuple(sorted(problems, key=lambda problem: LEVELS.index(problem.level)))
     return Survey(data.name, data.layout, classes, duplicates, leaks, split, stray, unreadable, ranked)
 
@@ -241,16 +193,19 @@ def _mask_states(row: Row) -> dict[str, str]:
     marked = False
     try:
         for path in case.masks:
-            mask = read_mask([path])
-            levels = read_image(path).pixels.max(axis=0)
+            mask = read_mask([path], frame=case.frame, reading=case.reading)
             marked |= bool(mask.any())
             if mask.shape != (each.height, each.width):
                 states["wrong_size"] = name
-            if ((levels > 0) & (levels < 1)).any():
-                states["non_binary"] = name
+            if not kind_of_file(path).startswith("NIfTI"):  # there every label but 0 counts, nothing is cut
+                levels = read_image(path, reading=case.reading).pixels.max(axis=0)
+                if ((levels > 0) & (levels < 1)).any():
+                    states["non_binary"] = name
     except InputError as error:
-        return states | {"unreadable": f"{path}: {error.reason}"}
-    return states if marked else states | {"empty": name}
+        return states | {"unreadable": f"{name}, mask {alias_of(path) or path.name}: {error.reason}"}
+    if marked or case.frame is not None:  # most slices of an abnormal volume are empty
+        return states
+    return states | {"empty": name}
 
 
 def _duplicates(rows: list[Row]) -> Duplicates:
@@ -265,31 +220,6 @@ def _duplicates(rows: list[Row]) -> Duplicates:
     every = dict.fromkeys([*content, *pixels, *near])
     across = [group for group in every if len({rows[index][1].kind for index in group}) > 1]
     return Duplicates(named(content), named(pixels), named(near), named(across))
-
-
-def _auroc(values: list[tuple[int | None, float]]) -> float | None:
-    """AUROC of a number for abnormal against normal, by mean ranks (Mann-Whitney U); None without both."""
-    from scipy.stats import rankdata
-
-    known = [(label, value) for label, value in values if label is not None]
-    abnormal = np.array([label == ABNORMAL for label, _ in known], dtype=bool)
-    positives, negatives = int(abnormal.sum()), int((~abnormal).sum())
-    if not positives or not negatives:
-        return None
-    ranks = rankdata([value for _, value in known])
-    return float((ranks[abnormal].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def _leaks(rows: list[Row]) -> Leaks:
-    facts: dict[str, Callable[[Fingerprint], float]] = {
-        "area_auroc": lambda each: each.height * each.width,
-        "aspect_auroc": lambda each: each.width / each.height,
-        "bits_auroc": lambda each: each.bits,
-        "colour_auroc": lambda each: each.coloured,
-        "text_auroc": lambda each: each.burnt_in,
-        "brightness_auroc": lambda each: float(each.thumbnail.mean()),
-    }
-    return Leaks(**{name: _auroc([(c.label, of(each)) for _, c, each in rows]) for name, of in facts.items()})
 
 
 def _file_problems(data: DataSet, unreadable: dict[str, str], stray: tuple[str, ...]) -> Iterator[Problem]:
@@ -323,6 +253,8 @@ def _duplicate_problems(rows: list[Row], duplicates: Duplicates) -> Iterator[Pro
             yield from _group_problem(level, f"{what} with different labels", labels)
             only_kinds = [group for group in kinds if group not in labels]
             yield from _group_problem("warning", f"{what} in different classes", only_kinds)
+        else:
+            yield from _group_problem("note", f"{what} with different labels", labels)
         parts = _mixed(groups, {name: case.split for name, case in cases.items()})
         yield from _group_problem(level, f"{what} in the train and the test part", parts)
     if inside := sum(len(group) - 1 for group in equal if group not in duplicates.across):
@@ -356,39 +288,3 @@ def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
         yield Problem("note", f"{text}: no pixel metrics for them")
     if summary.label == "normal" and marked:
         yield Problem("warning", f"{where}: {marked} of its masks mark something in normal images")
-
-
-def _leak_problems(rows: list[Row], leaks: Leaks) -> Iterator[Problem]:
-    """What gives the label away without looking at the anatomy."""
-    for name, level, what, more in LEAKS:
-        value = getattr(leaks, f"{name}_auroc")
-        if value is not None and (best := max(value, 1 - value)) > LEAK_AUROC:
-            side = more if value > 0.5 else LESS[more]
-            text = f"{what} alone separates the labels: AUROC {best:.2f} ({side} if abnormal)"
-            yield Problem(level, text)
-    if marked := [name for name, _, each in rows if each.burnt_in]:
-        text = f"text or marks seem burnt into {len(marked)} of {len(rows)} images: they count as unusual"
-        counts = Counter(LABELS[case.label] for _, case, each in rows if each.burnt_in)
-        shares = ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
-        yield Problem("warning", f"{text} ({shares})", tuple(marked))
-    depths = [(name, case.label, f"{each.bits} bits") for name, case, each in rows]
-    yield from _one_sided(depths, "warning", "of {0}")
-    form = [(name, case.label, each.mode) for name, case, each in rows]
-    yield from _one_sided(form, "warning", "stored as {0}")
-    coloured = [(name, case.label, "coloured") for name, case, each in rows if each.coloured > COLOURED_FROM]
-    grey = [(name, case.label, "") for name, case, each in rows if each.coloured <= COLOURED_FROM]
-    yield from _one_sided(coloured + grey, "warning", "{0}")
-    suffixes = [(name, case.label, Path(name).suffix.lower()) for name, case, _ in rows]
-    yield from _one_sided(suffixes, "note", "named *{0}")
-
-
-def _one_sided(facts: list[tuple[str, int | None, str]], level: Level, words: str) -> Iterator[Problem]:
-    """A property that only images of one label have, where both labels exist and properties differ."""
-    both = {NORMAL, ABNORMAL} <= {label for _, label, _ in facts}
-    values = sorted({value for *_, value in facts})
-    for value in values if both and len(values) > 1 else ():
-        owners = [(name, label) for name, label, each in facts if each == value and label is not None]
-        labels = {label for _, label in owners}
-        if value and len(labels) == 1:
-            text = f"images {words.format(value)} ({len(owners)}), all of them {LABELS[labels.pop()]}"
-            yield Problem(level, text, tuple(name for name, _ in owners))

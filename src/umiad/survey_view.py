@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from umiad.survey import LABELS, ClassSummary, Problem, Survey
+from umiad.leaks import LABELS, Problem
+from umiad.survey import ClassSummary, Survey
 
 if TYPE_CHECKING:
     from rich.console import Console

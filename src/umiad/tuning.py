@@ -14,7 +14,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import umiad
 from umiad import api
 from umiad.calibration import fit_calibration
 from umiad.config import Config, Preprocessing, canonical_json, check_size
-from umiad.data import DataSet
+from umiad.data import DEFAULT_FILES, DataSet
 from umiad.detectors.contract import Detector
 from umiad.diskfile import MIB, read_regular, write_atomic
 from umiad.duplicates import case_sha256
@@ -49,7 +49,7 @@ from umiad.training import Row
 from umiad.tuning_candidates import Candidate, check_names
 from umiad.tuning_folds import Fold, exhibits, fold_numbers, judge_fold, make_folds, shown_rows
 from umiad.tuning_result import Exhibit, FoldResult, Result, TuneOptions, Tuning, ranked
-from umiad.types import NORMAL, Case, Image
+from umiad.types import NORMAL, Case, FileOptions, Image
 
 __all__ = ["Candidate", "TuneOptions", "Tuning", "tune"]
 
@@ -78,6 +78,7 @@ class _Job:
     """What every candidate's turn needs. `cases`: the training normals in memory, grey at the model's size."""
 
     name: str
+    files: FileOptions
     entries: tuple[SplitEntry, ...]
     cases: tuple[Case, ...]
     folds: tuple[Fold, ...]
@@ -126,15 +127,16 @@ def tune(
     candidates: Sequence[Candidate],
     *,
     options: TuneOptions | None = None,
+    files: FileOptions = DEFAULT_FILES,
     out: str | os.PathLike[str] | None = None,
     reporter: Reporter | None = None,
 ) -> Tuning:
     """Fit and judge every candidate in cross-validation over the training normals of `data`.
 
     Abnormal and test images are listed and fingerprinted for the split (that of `umiad fit` with hold-out 0 and
-    `seed`) and not used for anything else. With `out` each candidate's result is kept in `OUT/candidates` as
-    soon as it is complete, and taken from there when the same is asked for again. A candidate whose fit fails is
-    in `Tuning.failures`; the others go on.
+    `seed`) and not used for anything else. `files`: how they are found and opened. With `out` each candidate's
+    result is kept in `OUT/candidates` as soon as it is complete, and taken from there when the same is asked for
+    again. A candidate whose fit fails is in `Tuning.failures`; the others go on.
 
     Raises ConfigError for a candidate that cannot be built, InputError when the data cannot be used or has too few
     groups of normal images: all before anything is fitted. `Interrupted` or KeyboardInterrupt after Ctrl-C.
@@ -146,7 +148,7 @@ def tune(
     """
     options, reporter = options or TuneOptions(), reporter or Silent()
     configs = _configurations(candidates, options)
-    dataset = as_dataset(data)
+    dataset = as_dataset(data, files)
     for note in dataset.notes:
         reporter.note(note)
     job, rule = _job(dataset, options, Path(out) / FOLDER if out is not None else None, reporter)
@@ -160,6 +162,7 @@ def tune(
         folds=tuple(tuple(job.entries[place].name for place in fold.held_out) for fold in job.folds),
         exhibits=job.exhibits,
         notes=tuple(dataset.notes),
+        files=dataset.files,
     )
 
 
@@ -209,7 +212,9 @@ def _job(dataset: DataSet, options: TuneOptions, folder: Path | None, reporter: 
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DiskError(f"{folder}: cannot be written: {error}") from error
-    return _Job(dataset.name, entries, cases, tuple(folds), shown, options, folder, reporter), split.rule
+    return _Job(
+        dataset.name, dataset.files, entries, cases, tuple(folds), shown, options, folder, reporter
+    ), split.rule
 
 
 def _reduced(case: Case, name: str, size: int) -> Case:
@@ -320,6 +325,7 @@ def _key(job: _Job, candidate: Candidate, config: dict[str, Any]) -> str:
         "detector": candidate.detector,
         "config": config,
         "preprocessing": job.preprocessing.canonical(),
+        "reading": asdict(job.files.reading),
         "images": [
             [entry.name, entry.sha256, entry.group, numbers[p]] for p, entry in enumerate(job.entries)
         ],

@@ -17,9 +17,11 @@ import umiad
 from umiad.bootstrap import PERCENTILES
 from umiad.comparison_result import COMPARED, Difference, drawn_difference
 from umiad.config import Config
+from umiad.data import DEFAULT_FILES
 from umiad.fitting import FitOptions
 from umiad.synthetic import FAMILIES
 from umiad.tuning_candidates import Candidate, quoted
+from umiad.types import FileOptions
 
 RANK = "rank_score"
 JUDGED = (RANK, *COMPARED)
@@ -202,6 +204,7 @@ class Tuning:
     folds: tuple[tuple[str, ...], ...]
     exhibits: tuple[Exhibit, ...]
     notes: tuple[str, ...]
+    files: FileOptions = DEFAULT_FILES
 
     @property
     def best(self) -> Result | None:
@@ -229,6 +232,7 @@ class Tuning:
         words = ["umiad", "fit", self.data, "--out", "MODEL", *result.candidate.arguments()]
         shared = ("weights", "size", "seed", "epochs", "equalise")
         pairs = [(f"--{name}", getattr(options, name)) for name in shared]
+        words += self.files.arguments()
         return quoted(words + [w for name, value in pairs if value is not None for w in (name, str(value))])
 
     def to_json(self) -> dict[str, Any]:

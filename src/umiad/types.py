@@ -77,6 +77,19 @@ class FileOptions:
     follow: bool = False
     show_names: bool = False
 
+    def arguments(self) -> list[str]:
+        """The same as words of the command line, without what is the default there."""
+        window = self.reading.window
+        shown = window if isinstance(window, str) else ",".join(f"{each:g}" for each in window)
+        pairs = (
+            ("--frame", self.frames, "one"),
+            ("--window", shown, "file"),
+            ("--axis", self.reading.axis, "axial"),
+            ("--nan", self.reading.nan, "error"),
+        )
+        words = [word for name, value, default in pairs if value != default for word in (name, value)]
+        return words + ["--follow"] * self.follow + ["--show-names"] * self.show_names
+
 
 @dataclass(frozen=True)
 class Geometry:

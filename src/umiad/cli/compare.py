@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from umiad.cli.app import app, command, console, print_json, set_threads
+from umiad.cli.files import Axis, Follow, Frame, Nan, ShowNames, WindowOption, file_options, reading
 from umiad.cli.models import Data, Device, Epochs, Equalise, Holdout, Json, Out, Seed, Size, Threads, Weights
 from umiad.progress import RichReporter
 
@@ -36,6 +37,12 @@ def compare(
     holdout: Holdout = 0.2,
     equalise: Equalise = None,
     resamples: Annotated[int, typer.Option(min=10, help="Bootstrap resamples for the intervals.")] = 1000,
+    frame: Frame = None,
+    window: WindowOption = "file",
+    axis: Axis = "axial",
+    nan: Nan = "error",
+    follow: Follow = False,
+    show_names: ShowNames = False,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -51,6 +58,7 @@ def compare(
     check_size(size)
     set_threads(threads)
     from umiad import comparison, comparison_files
+    from umiad.data import load_data
     from umiad.interrupt import Interrupted
 
     options = comparison.CompareOptions(
@@ -66,9 +74,11 @@ def compare(
         device=device,
     )
     names = [name for text in detectors.split(",") if (name := text.strip())]
+    files = file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names)
+    dataset = load_data(data, files=files)
     try:
         with RichReporter(console(err=True)) as reporter:
-            found = comparison.compare(names, data, options=options, out=out, reporter=reporter)
+            found = comparison.compare(names, dataset, options=options, out=out, reporter=reporter)
             report = comparison_files.write_comparison(found, out)
     except (Interrupted, KeyboardInterrupt) as error:
         typer.echo(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from umiad.cli.app import app, command, console, print_json, set_threads
+from umiad.cli.files import Axis, Follow, Frame, Nan, ShowNames, WindowOption, file_options, reading
 from umiad.cli.models import Data, Device, Epochs, Equalise, Json, Out, Seed, Size, Threads, Weights
 from umiad.progress import RichReporter
 
@@ -55,6 +56,12 @@ def tune(
     seed: Seed = 0,
     equalise: Equalise = None,
     epochs: Epochs = None,
+    frame: Frame = None,
+    window: WindowOption = "file",
+    axis: Axis = "axial",
+    nan: Nan = "error",
+    follow: Follow = False,
+    show_names: ShowNames = False,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -89,9 +96,10 @@ def tune(
         epochs=epochs,
         device=device,
     )
+    files = file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names)
     try:
         with RichReporter(console(err=True)) as reporter:
-            found = tuning.tune(data, chosen, options=options, out=out, reporter=reporter)
+            found = tuning.tune(data, chosen, options=options, files=files, out=out, reporter=reporter)
             report = tuning_files.write_tuning(found, out)
     except (Interrupted, KeyboardInterrupt) as error:
         typer.echo("umiad: stopped; finished candidates are kept, repeat the command to go on", err=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from umiad.errors import InputError
 from umiad.io import frames, wire
-from umiad.io.decode import open_images, open_masks, unexpected
+from umiad.io.decode import TOO_LARGE, open_images, open_masks, unexpected
 from umiad.io.source import Limits, Source, Window
 from umiad.types import Image, Stack
 
@@ -39,10 +39,13 @@ def main(group: str) -> None:
             request, content = wire.receive(requests)
         except wire.BrokenWire:
             return
+        except MemoryError:
+            wire.send(answers, {"error": list(TOO_LARGE)})
+            return  # the rest of the request is still in the pipe
         source = _source(request)
         _limit(source.limits)
         try:
-            for header, payload in _answer(request, bytes(content), source):
+            for header, payload in _answer(request, content, source):
                 if "end" in header or "error" in header:
                     header["peak"] = _peak_bytes(status)
                 wire.send(answers, header, payload)
@@ -52,11 +55,11 @@ def main(group: str) -> None:
 
 
 def _answer(
-    request: dict[str, Any], content: bytes, source: Source
+    request: dict[str, Any], content: bytearray, source: Source
 ) -> Iterator[tuple[dict[str, Any], bytes | memoryview]]:
     """First the stack, then each image, then the end; an error takes the place of what could not be had."""
     try:
-        stack = (open_masks if request["mask"] else open_images)(content, source)
+        stack = (open_masks if request["mask"] else open_images)(bytes(content), source)
         yield _about(stack), b""
         if request["frames"] is not None:
             for number in frames.resolve(request["frames"], stack.count, name=source.name):

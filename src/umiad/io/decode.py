@@ -8,6 +8,12 @@ from umiad.io.files import RASTER_KINDS
 from umiad.io.source import Source
 from umiad.types import Image, Stack
 
+TOO_LARGE = (
+    "needs more memory to decode than the ceiling allows",
+    "export it smaller, or raise child_memory",
+)
+"""Reason and hint where memory ends."""
+
 
 def open_images(content: bytes, source: Source) -> Stack:
     """The images of a file. Raises InputError for whatever is wrong with it."""
@@ -48,7 +54,7 @@ def open_masks(content: bytes, source: Source) -> Stack:
 
 def unexpected(error: BaseException, source: Source) -> InputError:
     """What a reader let slip; its own words may hold a patient's, so only their kind is told."""
-    reason = f"cannot be decoded as {source.kind} ({type(error).__name__})"
     if isinstance(error, MemoryError):
-        reason = "needs more memory to decode than the ceiling allows"
-    return InputError(source.name, reason, "it is damaged or too large; export it again")
+        return InputError(source.name, *TOO_LARGE)
+    reason = f"cannot be decoded as {source.kind} ({type(error).__name__})"
+    return InputError(source.name, reason, "it is damaged; export it again")

@@ -86,10 +86,15 @@ class Pool:
                 each.forget()
 
     def _take(self, group: str) -> _Worker:
-        with self._lock:
-            if idle := self._idle.get(group):
-                return idle.pop()
-        return _Worker(group)
+        while True:
+            with self._lock:
+                idle = self._idle.get(group)
+                worker = idle.pop() if idle else None
+            if worker is None:
+                return _Worker(group)
+            if worker.alive:
+                return worker
+            worker.end()  # someone has killed it while it had nothing to do
 
     def _give_back(self, group: str, worker: _Worker, *, usable: bool) -> None:
         if usable and worker.alive:
@@ -201,11 +206,15 @@ class _Worker:
                 raise _Refused(*header["error"])
             if "end" in header:
                 return
-            if stack is None:
-                stack = _stack(header)
-                yield stack
-            else:
-                yield _image(header, payload, source)
+            try:
+                found: Stack | Image = _stack(header) if stack is None else _image(header, payload, source)
+            except (LookupError, TypeError, ValueError) as error:
+                raise InputError(
+                    source.name, "made its decoder answer in a way that is none", HINT
+                ) from error
+            if isinstance(found, Stack):
+                stack = found
+            yield found
 
     def end(self) -> None:
         """Stop the child and wait for it."""

@@ -52,7 +52,7 @@ def read_pixels(content: bytes, source: Source) -> Image:
     decoded = _decode(content, source)
     pixels, notes = decoded.colour, decoded.notes
     if decoded.alpha is not None and float(decoded.alpha.min()) < 1.0:
-        pixels = pixels * decoded.alpha
+        pixels *= decoded.alpha
         notes = (*notes, "transparent pixels were composited on black")
     return Image(np.ascontiguousarray(pixels), source.name, decoded.mode, decoded.bits, notes)
 
@@ -81,6 +81,7 @@ def _decode(content: bytes, source: Source) -> _Decoded:
         with recorded_warnings(dropped=bomb) as messages:
             with PIL.Image.open(BytesIO(content), formats=[source.kind]) as picture:
                 _check_header(picture, source)
+                _check_density(picture, content, source)
                 picture.verify()
             with PIL.Image.open(BytesIO(content), formats=[source.kind]) as picture:
                 bits = _bits(picture)
@@ -96,7 +97,9 @@ def _decode(content: bytes, source: Source) -> _Decoded:
         raise InputError(source.name, reason, "it is damaged or truncated; export it again") from error
     except MemoryError as error:
         raise InputError(
-            source.name, "there is not enough memory to decode it", "export it smaller"
+            source.name,
+            "needs more memory to decode than there is",
+            "export it smaller, or raise child_memory",
         ) from error
     except Exception as error:
         reason = f"cannot be decoded as {source.kind}: {error or type(error).__name__}"
@@ -132,6 +135,23 @@ def _check_header(picture: PIL.Image.Image, source: Source) -> None:
         count = f"{frames}" if frames < _MOST_FRAMES else f"at least {frames}"
         raise InputError(
             source.name, f"holds {count} frames, expected one", "export the frame as a file of its own"
+        )
+
+
+def _check_density(picture: PIL.Image.Image, content: bytes, source: Source) -> None:
+    """Refuse a JPEG that cannot hold its pixels: a Huffman code needs a bit for each 8 x 8 block.
+
+    libjpeg fills what is missing with grey and Pillow does not tell. Arithmetic coding (SOF9, SOF10) needs less.
+    """
+    if picture.format != "JPEG" or b"\xff\xc9" in content or b"\xff\xca" in content:
+        return
+    width, height = picture.size
+    blocks = -(-width // 8) * -(-height // 8)
+    if len(content) * 8 < blocks:
+        raise InputError(
+            source.name,
+            f"holds {len(content)} bytes, too few for its {width} x {height} pixels",
+            "it is truncated; export it again",
         )
 
 
@@ -192,7 +212,8 @@ def _channels(picture: PIL.Image.Image, bits: int, name: str) -> tuple[np.ndarra
         picture = picture.convert("RGB")
     stored = np.asarray(picture)
     planes = stored.reshape(*stored.shape[:2], -1)
-    channels = np.moveaxis(planes, 2, 0).astype(np.float32) / np.float32(255)
+    channels = np.ascontiguousarray(np.moveaxis(planes, 2, 0)).astype(np.float32)
+    channels /= np.float32(255)  # in place: large images come close to the ceiling of memory
     if picture.mode == "CMYK":
         return (1 - channels[:3]) * (1 - channels[3:]), None
     if picture.mode in ("LA", "RGBA"):
