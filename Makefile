@@ -59,6 +59,7 @@ ifdef RUN
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/ablation_sizes.toml
 	$(BIN)/python benchmarks/table1.py --data "$(DATA)"
 	$(BIN)/python benchmarks/table2.py
+	$(BIN)/python benchmarks/figures.py --data "$(DATA)" --weights "$(WEIGHTS)"
 	for name in proxy ideas learning_curve worst_misses limits; do \
 	  $(BIN)/python benchmarks/$$name.py --data "$(DATA)" --weights "$(WEIGHTS)" || exit 1; done
 endif

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umiad import detectors
+from umiad import detectors, sam
 from umiad import weights as backbones
 from umiad.cases import expand
 from umiad.config import check_size
 from umiad.data import list_images
 from umiad.detectors.contract import Detector
 from umiad.duplicates import case_sha256
-from umiad.errors import InputError
+from umiad.errors import ConfigError, InputError
 from umiad.evaluation import Evaluation, evaluate_model
 from umiad.fitted import FittedModel, load
 from umiad.fitting import Data, FitOptions, Reporter, case_image, fit_model
@@ -51,12 +51,21 @@ def build(
     `settings` name another, such as {"backbone": "resnet34"}): "imagenet" (cache,
     else download), "random", a label in the cache, or a file. `size`: edge in pixels the images are stretched to,
     a multiple of 32 from 64 up. `settings` override fields of the preset, for example
-    {"fusion": "none"} or {"training": {"epochs": 5}}.
+    {"fusion": "none"} or {"training": {"epochs": 5}}. {"edge": "sam", "sam": FOLDER} takes edges from a SAM
+    checkpoint, see `umiad.sam`.
 
     Raises ConfigError for an unknown name or value, InputError or ModelFileError for unusable weights.
     """
     check_size(size)
     overrides = dict(settings or {})
+    if detector == "egmf" and overrides.get("edge") == sam.EDGE:
+        folder = overrides.pop("sam", None)
+        if folder is None:
+            raise ConfigError(f"edge 'sam' needs a SAM checkpoint, the setting sam: {sam.HOW_TO_GET}")
+        made: Any = sam.build(
+            folder, preset=preset, weights=weights, size=size, seed=seed, settings=overrides
+        )
+        return made
     cls = detectors.detector_class(detector)
     chosen = _weights(
         os.fspath(weights), str(overrides.get("backbone", "resnet18")), needed=cls.info.uses_backbone

@@ -161,7 +161,12 @@ class FittedModel:
         return used | set(self.config.calibration_hashes)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the model directory atomically (DESIGN: config, weights, split, manifest, card)."""
+        """Write the model directory atomically (DESIGN: config, weights, split, manifest, card).
+
+        Raises ConfigError where models of this detector cannot be saved, DiskError, InputError.
+        """
+        if self.detector.info.not_saved:
+            raise ConfigError(self.detector.info.not_saved)
         return modelfile.save(
             Path(path),
             config=self.config.canonical(),

@@ -21,7 +21,7 @@ from umiad.config import Config, Preprocessing
 from umiad.data import DEFAULT_FILES, DataSet, load_data
 from umiad.detectors.contract import Detector
 from umiad.duplicates import Fingerprint, fingerprints
-from umiad.errors import InputError
+from umiad.errors import ConfigError, InputError
 from umiad.features import MEMORY_LIMIT, FeatureCache, Item
 from umiad.fitted import FittedModel, SavedConfig
 from umiad.inputs import iter_images
@@ -137,6 +137,8 @@ def fit_model(
     """
     reporter = reporter or Silent()
     if out is not None:
+        if detector.info.not_saved:
+            raise ConfigError(detector.info.not_saved)
         modelfile.check_target(out)
     dataset = as_dataset(data, options.files)
     preprocessing = Preprocessing(

@@ -21,6 +21,7 @@ class DetectorInfo:
     `closed_form` detectors collect statistics and finish; they have no gradients and no epochs. `uses_seed`,
     `uses_pixels`, `uses_size`: whether another seed, what is in the image, and the size of its file can change a
     score; `localises`: whether the map says more than the image score; `uses_backbone`: whether weights matter.
+    `not_saved`: why a model of it cannot be saved; empty where it can.
     """
 
     name: str
@@ -35,6 +36,7 @@ class DetectorInfo:
     uses_seed: bool = True
     uses_backbone: bool = True
     supports_resume: bool = True
+    not_saved: str = ""
 
 
 @runtime_checkable

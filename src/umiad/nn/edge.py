@@ -59,12 +59,12 @@ class Prewitt(nn.Module):
 
     def __init__(self, *, seed: int = 0) -> None:
         super().__init__()
-        self.register_buffer("_kernel", _gradient_kernel((1.0, 1.0, 1.0)), persistent=False)
+        self.register_buffer("_kernel", gradient_kernel((1.0, 1.0, 1.0)), persistent=False)
 
     def forward(self, f1: Tensor, f2: Tensor) -> Tensor:
         """f1 [B,64,S/4,S/4], f2 [B,128,S/8,S/8] -> f_edge [B,128,S/8,S/8]."""
-        fine = F.adaptive_avg_pool2d(_magnitude(f1, self._kernel), grid(f2))
-        coarse = _magnitude(f2, self._kernel)
+        fine = F.adaptive_avg_pool2d(magnitude(f1, self._kernel), grid(f2))
+        coarse = magnitude(f2, self._kernel)
         return 0.5 * (fine.repeat_interleave(f2.shape[1] // f1.shape[1], dim=1) + coarse)
 
 
@@ -103,22 +103,22 @@ def sobel_target(grey: Tensor, size: tuple[int, int]) -> Tensor:
     averaged to `size`. Any affine change of an image's grey values leaves its target the same; an image
     without edges gives zeros.
     """
-    magnitude = _magnitude(grey, _gradient_kernel((1.0, 2.0, 1.0)).to(grey))
+    strength = magnitude(grey, gradient_kernel((1.0, 2.0, 1.0)).to(grey))
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]).to(grey) / 16
-    padded = F.pad(magnitude, (2, 2, 2, 2), mode="replicate")
+    padded = F.pad(strength, (2, 2, 2, 2), mode="replicate")
     blurred = F.conv2d(padded, torch.outer(row, row)[None, None])
     peak = blurred.amax(dim=(2, 3), keepdim=True)
     return F.adaptive_avg_pool2d(blurred / peak.clamp_min(_FLAT), size)
 
 
-def _gradient_kernel(smooth: tuple[float, float, float]) -> Tensor:
+def gradient_kernel(smooth: tuple[float, float, float]) -> Tensor:
     """Horizontal and vertical derivative [2,1,3,3], scaled so that a unit step has magnitude 1."""
     across = torch.tensor(smooth) / sum(smooth)
     horizontal = torch.outer(across, torch.tensor([-1.0, 0.0, 1.0]))
     return torch.stack([horizontal, horizontal.T])[:, None]
 
 
-def _magnitude(maps: Tensor, kernel: Tensor) -> Tensor:
+def magnitude(maps: Tensor, kernel: Tensor) -> Tensor:
     """Gradient magnitude of every channel, borders replicated: [B,C,H,W] -> [B,C,H,W]."""
     batch, channels, height, width = maps.shape
     padded = F.pad(maps, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None]
