@@ -247,7 +247,7 @@ def test_I8_I9_bombs_take_little_memory_here_and_in_the_child(record):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=200)
     tried, here, child = map(int, done.stdout.split())
     assert 0 <= here <= 64
-    assert 0 < child <= 512
+    assert 0 <= child <= 512
     record("I8", tried, tried, f"bombs and lying sizes: {here} MB more here, {child} MB more in the child")
 
 

@@ -498,7 +498,8 @@ def start(code):
 
 
 PIDS = """
-import json, time
+import json, signal, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 from umiad.io import pool
 print(json.dumps([w._process.pid for each in pool.current()._idle.values() for w in each]), flush=True)
 """
