@@ -3,10 +3,14 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from reliability import Collector, facts, summary, to_bytes
 
 PLUGIN = "umiad-reliability"
+
+settings.register_profile("umiad", deadline=None)  # no test asserts a wall-clock time
+settings.load_profile("umiad")
 
 
 def pytest_addoption(parser):

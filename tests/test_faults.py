@@ -311,7 +311,9 @@ def test_T6_a_signal_saves_and_ends_with_its_exit_code(tmp_path, number, code):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_T6_a_second_signal_stops_at_once(tmp_path, number, code):
     (tmp_path / "a").mkdir()
     command = [*JOB, "fit", str(tmp_path / "a"), "--stuck"]

@@ -221,6 +221,7 @@ def test_the_script_records_one_figure_beside_the_others(scripts, tmp_path, monk
         scripts.figures.main()
 
 
+@pytest.mark.slow
 def test_a_picture_that_is_too_large_loses_colours_or_is_refused(scripts, monkeypatch, tmp_path):
     noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8))
     monkeypatch.setattr(scripts.common, "MAX_BYTES", 120_000)

@@ -268,6 +268,7 @@ def test_the_published_training_stands_beside_the_ablation(scripts):
     ]
 
 
+@pytest.mark.slow
 def test_the_ablation_runs_on_phantoms(scripts, tmp_path):
     data = tiny_set(tmp_path / "data", n_normal=12, n_abnormal=4)
     training = {"epochs": 1, "batch_size": 8}
