@@ -288,7 +288,7 @@ def _survey(flat: np.ndarray, layout: Layout, source: Source) -> _Volume:
             low, high = min(low, float(part.min())), max(high, float(part.max()))
     found = f"{bad} of {len(flat)} voxels are not finite (NaN or infinite)"
     if bad and source.nan == "error":
-        raise InputError(source.name, found, "--nan zero takes them as 0")
+        raise InputError(source.name, found, "--nan zero of the fit takes them as 0")
     ends = [end * layout.slope + layout.inter for end in (low, high) if bad < len(flat)]
     if not all(map(math.isfinite, ends)):
         raise InputError(source.name, "its scaled values are not finite", "correct scl_slope and scl_inter")
