@@ -1,16 +1,20 @@
 """From files to cases: frames, aliases, masks of volumes, patients."""
 
 import hashlib
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import umiad.cases
 from make import dicom_file, grey_array, grey_png, nifti_file
-from umiad.cases import alias_of, case_masks, case_pixels, expand
+from umiad import api
+from umiad.cases import alias_of, case_images, case_masks, case_pixels, expand
 from umiad.data import load_data
-from umiad.duplicates import case_sha256, fingerprint
+from umiad.duplicates import case_sha256, fingerprint, fingerprints
 from umiad.errors import InputError
+from umiad.io import read_frames, read_image
 from umiad.types import Case, FileOptions, Reading
 
 
@@ -134,3 +138,49 @@ def test_images_of_one_patient_share_a_token_that_is_written_nowhere(tmp_path):
     assert tokens[0] == tokens[1] != tokens[2]
     assert "4711" not in repr(case_pixels(Case(Path(one))))
     assert tokens[0] not in repr(fingerprint(one))
+
+
+def test_every_choice_of_frames_means_a_file_that_is_one_image(tmp_path):
+    files = [grey_png(tmp_path / "a.png"), dicom_file(tmp_path / "b.dcm", grey_array())]
+    for path, choice in itertools.product(files, ("all", "middle", "3", "40:90")):
+        [image] = read_frames(path, frames=choice)
+        assert image.frame is None
+    with pytest.raises(InputError, match="no frame 3, it holds a single image"):
+        read_image(files[0], frame=3)
+
+
+def test_evaluating_reads_image_and_mask_as_the_model_does(tmp_path):
+    for index in range(4):
+        nifti_file(tmp_path / "set" / "normal" / f"n{index}.nii", volume((36, 40, 44), index))
+        nifti_file(tmp_path / "set" / "abnormal" / f"a{index}.nii", volume((36, 40, 44), 50 + index))
+        labels = np.zeros((36, 40, 44), np.uint8)
+        labels[5:20, 18:23, 5:20] = 1
+        nifti_file(tmp_path / "set" / "masks" / f"a{index}_mask.nii", labels)
+    files = FileOptions(frames="middle", reading=Reading(axis="coronal"))
+    detector = api.build("intensity", size=64)
+    model = api.fit(detector, tmp_path / "set", options=api.FitOptions(files=files, holdout=0.0))
+    otherwise = load_data(tmp_path / "set", files=FileOptions(frames="20"))  # axial: masks of another size
+    assert api.evaluate(model, otherwise, n_resamples=20).counts["n_masked"] == 4
+
+
+def test_slices_of_a_file_are_read_in_one_pass_and_give_what_they_give_alone(tmp_path, monkeypatch):
+    path = nifti_file(tmp_path / "a.nii.gz", volume((40, 48, 9)))
+    cases = [Case(grey_png(tmp_path / "b.png")), *expand([Case(path)], FileOptions(frames="1:8:3"))]
+    alone = [case_pixels(case) for case in cases]
+    opened = []
+    monkeypatch.setattr(umiad.cases, "read_frames", lambda *a, **k: opened.append(k) or read_frames(*a, **k))
+    for found, expected in zip(case_images(cases), alone, strict=True):
+        assert (found.name, found.frame) == (expected.name, expected.frame)
+        np.testing.assert_array_equal(found.pixels, expected.pixels)
+    assert [each["frames"] for each in opened] == [[1, 4, 7]]
+
+
+def test_a_slice_that_cannot_be_read_leaves_its_error_and_the_others_their_pixels(tmp_path):
+    path = nifti_file(tmp_path / "a.nii", volume((40, 48, 3)))
+    cases = [Case(path, frame=number) for number in (0, 9, 2)]
+    first, second, third = case_images(cases)
+    assert (first.frame, third.frame) == (0, 2)
+    assert isinstance(second, InputError)
+    prints = fingerprints(cases)
+    assert [isinstance(each, InputError) for each in prints] == [False, True, False]
+    assert prints[0].sha256 == case_sha256(cases[0]) != prints[2].sha256

@@ -280,7 +280,7 @@ def test_out_of_memory_becomes_one_error(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("umiad.io.dicom.read_layout", no_memory)
-    refused(dicom(), "there is not enough memory to decode it")
+    refused(dicom(), "needs more memory to decode than the ceiling allows")
 
 
 # ---- files of others

@@ -198,7 +198,7 @@ def test_whatever_goes_wrong_becomes_one_input_error(
 
     content = nii(scan())
     monkeypatch.setattr(nibabel.Nifti1Header, "get_best_affine", broken)
-    caught = refused(content, "cannot be decoded as NIfTI|not enough memory")
+    caught = refused(content, "cannot be decoded as NIfTI|needs more memory")
     assert "Doe" not in str(caught)
     assert caught.hint
     assert caught.__cause__ is error

@@ -440,3 +440,27 @@ def test_rare_text_in_one_class_alone_gives_the_label_away(tmp_path: Path) -> No
     assert "burnt into 8 of 80 images: they count as unusual, and they give the label away" in texts(
         found, "warning"
     )
+
+
+def test_I18_copies_of_a_dicom_file_under_both_labels_are_an_error(tmp_path: Path) -> None:
+    small_set(tmp_path)
+    for kind in ("normal", "abnormal"):
+        dicom_file(tmp_path / kind / "same.dcm", grey_array())
+    data = load_data(tmp_path)
+    assert len({data.name_of(case) for case in data.cases}) == len(data.cases)
+    assert "groups of equal images with different labels (1)" in texts(look(data), "error")
+
+
+def test_volumes_of_normals_with_empty_masks_are_no_warning_and_of_abnormals_one_each(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for kind in ("normal", "abnormal"):
+        for index in range(3):
+            nifti_file(
+                tmp_path / kind / f"{kind}{index}.nii", rng.integers(0, 200, (40, 44, 3)).astype(np.uint8)
+            )
+            nifti_file(tmp_path / "masks" / f"{kind}{index}_mask.nii", np.zeros((40, 44, 3), np.uint8))
+    found = look(load_data(tmp_path, files=FileOptions(frames="all")))
+    warnings = texts(found, "warning")
+    assert "mark something in normal images" not in warnings
+    assert "masks that mark nothing | abnormal/abnormal0.nii, abnormal/abnormal1.nii" in warnings
+    assert "named *" not in texts(found, "note")

@@ -13,11 +13,11 @@ from umiad.cases import expand
 from umiad.config import check_size
 from umiad.data import list_images
 from umiad.detectors.contract import Detector
-from umiad.duplicates import case_sha256
+from umiad.duplicates import CaseHashes
 from umiad.errors import ConfigError, InputError
 from umiad.evaluation import Evaluation, evaluate_model
 from umiad.fitted import FittedModel, load
-from umiad.fitting import Data, FitOptions, Reporter, case_image, fit_model
+from umiad.fitting import Data, FitOptions, Reporter, fit_model, usable_images
 from umiad.inputs import ImageInput
 from umiad.splits import Split
 from umiad.types import Case, FileOptions, Finding
@@ -131,7 +131,7 @@ def calibrate(
     options = model.file_options(files)
     found, _ = list_images(given, follow=options.follow)
     cases = expand((Case(file) for file in found), options)
-    return model.calibrated(map(case_image, cases), map(case_sha256, cases), fpr=fpr)
+    return model.calibrated(usable_images(cases), map(CaseHashes().of, cases), fpr=fpr)
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from umiad.cases import alias_of
+from umiad.cases import Aliases
 from umiad.data import list_images
 from umiad.errors import DiskError, InputError
 from umiad.fitted import FittedModel
@@ -192,8 +192,9 @@ class _Run:
 
 def _steps(files: Sequence[Path], options: FileOptions) -> Iterator[_Step]:
     """Read file after file, image after image."""
+    aliases = Aliases(show_names=options.show_names)
     for file in files:
-        name = str(file) if options.show_names else alias_of(file) or str(file)
+        name = aliases.of(file) or str(file)
         volume: Volume | None = None
         try:
             stack, images = open_frames(file, frames=options.frames, reading=options.reading)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
 from umiad.errors import InputError
-from umiad.io import DEFAULT_LIMITS, frames, kind_of_file, read_image, read_mask, read_stack
+from umiad.io import DEFAULT_LIMITS, frames, kind_of_file, read_frames, read_image, read_mask, read_stack
 from umiad.io.files import read_bytes
 from umiad.types import Case, FileOptions, Image
 
@@ -26,11 +29,11 @@ def expand(cases: Iterable[Case], files: FileOptions) -> tuple[Case, ...]:
     frames that is none, or that a file does not have.
     """
     frames.check(files.frames)
-    return tuple(each for case in cases for each in _frames_of(case, files))
+    aliases = Aliases(show_names=files.show_names)
+    return tuple(each for case in cases for each in _frames_of(case, files, aliases.of(case.path)))
 
 
-def _frames_of(case: Case, files: FileOptions) -> Iterator[Case]:
-    alias = "" if files.show_names else alias_of(case.path)
+def _frames_of(case: Case, files: FileOptions, alias: str) -> Iterator[Case]:
     plain = replace(case, reading=files.reading, alias=alias)
     if files.frames == frames.ONE or not kind_of_file(case.path).startswith(("DICOM", "NIfTI")):
         yield plain
@@ -60,6 +63,32 @@ def case_pixels(case: Case) -> Image:
     return replace(image, name=case.name)
 
 
+def case_images(cases: Iterable[Case]) -> Iterator[Image | InputError]:
+    """The pixels of cases, in order; slices of one file that follow each other are read in one pass.
+
+    A case that cannot be read leaves its InputError in its place.
+    """
+    for _, run in groupby(cases, key=_file_of):
+        slices = list(run)
+        done = 0
+        if len(slices) > 1:
+            first, numbers = slices[0], [each.frame for each in slices if each.frame is not None]
+            with suppress(InputError):  # the rest is then read one by one, each with its own error
+                for image in read_frames(first.path, frames=numbers, reading=first.reading):
+                    yield replace(image, name=slices[done].name)
+                    done += 1
+        for case in slices[done:]:
+            try:
+                yield case_pixels(case)
+            except InputError as error:
+                yield error
+
+
+def _file_of(case: Case) -> tuple[object, ...]:
+    """Equal for slices that can be read together, and different for everything else."""
+    return (case.path, case.reading) if case.frame is not None and case.image is None else (id(case),)
+
+
 def case_masks(case: Case, size: tuple[int, int]) -> np.ndarray:
     """The united mask of a case, bool [H,W] of `size`. Raises InputError."""
     return read_mask(case.masks, size=size, frame=case.frame, reading=case.reading)
@@ -85,4 +114,18 @@ def alias_of(path: str | os.PathLike[str]) -> str:
     return f"dicom-{hashlib.sha256(content).hexdigest()[:ALIAS_DIGITS]}"
 
 
-__all__ = ["alias_of", "case_masks", "case_pixels", "expand", "renamed"]
+class Aliases:
+    """Names for the DICOM files of one job; those of equal content are numbered from the second on ("-2", ...)."""
+
+    def __init__(self, *, show_names: bool) -> None:
+        self._shown = show_names
+        self._times: Counter[str] = Counter()
+
+    def of(self, path: Path) -> str:
+        """What to call the file, "" for its path."""
+        alias = "" if self._shown else alias_of(path)
+        self._times[alias] += 1
+        return alias if not alias or self._times[alias] == 1 else f"{alias}-{self._times[alias]}"
+
+
+__all__ = ["Aliases", "alias_of", "case_images", "case_masks", "case_pixels", "expand", "renamed"]

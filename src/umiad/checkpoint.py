@@ -55,10 +55,10 @@ class SafeCheckpointIO(CheckpointIO):
                 for name, content in files.items():
                     diskfile.write_synced(fresh / name, content)
                 diskfile.sync_folder(fresh)
-                _put(fresh, target)
+                aside = target.with_name(target.name + ".old.tmp")
+                diskfile.swap_folder(fresh, target, aside=aside)
             finally:
                 shutil.rmtree(fresh, ignore_errors=True)
-            diskfile.sync_folder(target.parent)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: Any = None
@@ -159,22 +159,6 @@ def _check_space(target: Path, *, needed: int) -> None:
             f"{target}: the checkpoint was not written: needed {wanted} bytes, free {free} bytes; "
             "older checkpoints are untouched; free some space, then go on with --resume"
         )
-
-
-def _put(fresh: Path, target: Path) -> None:
-    """Rename `fresh` to `target`; one that is there is put back if that fails. Raises OSError."""
-    old = target.with_name(target.name + ".old.tmp")
-    replaces = target.exists()
-    if replaces:
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        if replaces:
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _read(path: Path, *, size: int | None = None) -> bytes:

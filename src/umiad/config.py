@@ -13,6 +13,8 @@ from umiad.errors import ConfigError
 from umiad.types import Reading
 
 SIZE_STEP, SIZE_MIN, SIZE_MAX = 32, 64, 4096
+TINY = "resnet-tiny"
+"""The backbone of tests and golden files: ResNet18's channels and strides in 0.2 MB, random weights."""
 MAX_BLOCKS = 256
 """Coupling blocks of a flow, at most: a configuration may come from a stranger."""
 

@@ -122,6 +122,25 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
+def swap_folder(fresh: Path, target: Path, *, aside: Path) -> None:
+    """Rename the folder `fresh` to `target`; an older one stands `aside` meanwhile, and is put back if that fails.
+
+    Raises OSError.
+    """
+    replaces = target.exists()
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
+        target.rename(aside)
+    try:
+        fresh.rename(target)
+    except OSError:
+        if replaces:
+            aside.rename(target)
+        raise
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
 @contextmanager
 def disk_errors(path: Path, *, needed: int) -> Iterator[None]:
     """Turn an OSError of the enclosed writing into DiskError with `needed` and free bytes."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from umiad.burnt_in import find_burnt_in
-from umiad.cases import case_pixels
+from umiad.cases import case_images, case_pixels, renamed
 from umiad.errors import InputError
 from umiad.preprocess import luminance
 from umiad.types import Case, Image
@@ -52,8 +52,58 @@ class Fingerprint:
 def fingerprint(source: Case | str | os.PathLike[str]) -> Fingerprint:
     """Decode one image and describe it. Raises InputError when it cannot be read."""
     case = source if isinstance(source, Case) else Case(Path(source))
-    image = case_pixels(case)
-    digest = case_sha256(case)
+    return _describe(case_pixels(case), case_sha256(case))
+
+
+def fingerprints(
+    cases: Sequence[Case], *, threads: int = 2, progress: Callable[[int, int], None] | None = None
+) -> list[Fingerprint | InputError]:
+    """Fingerprints in the order of `cases`; an unreadable file leaves its InputError in its place.
+
+    Slices of one file that follow each other are one job. `progress(done, total)` is called from the calling
+    thread after each job.
+    """
+    results: list[Fingerprint | InputError | None] = [None] * len(cases)
+    done = 0
+    with ThreadPoolExecutor(max_workers=max(threads, 1)) as pool:
+        jobs = {pool.submit(_fingerprints_of, [cases[k] for k in rows]): rows for rows in _by_file(cases)}
+        try:
+            for job in as_completed(jobs):
+                for row, found in zip(jobs[job], job.result(), strict=True):
+                    results[row] = found
+                done += len(jobs[job])
+                if progress is not None:
+                    progress(done, len(cases))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [each for each in results if each is not None]
+
+
+def _by_file(cases: Sequence[Case]) -> list[list[int]]:
+    """Rows of the cases, those that follow each other and lie in one file together."""
+    runs: list[list[int]] = []
+    for row, case in enumerate(cases):
+        if row and case.frame is not None and case.path == cases[row - 1].path:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def _fingerprints_of(cases: Sequence[Case]) -> list[Fingerprint | InputError]:
+    """Fingerprints of cases that lie in one file."""
+    found: list[Fingerprint | InputError] = []
+    hashes = CaseHashes()
+    for case, image in zip(cases, case_images(cases), strict=True):
+        try:
+            found.append(image if isinstance(image, InputError) else _describe(image, hashes.of(case)))
+        except InputError as error:
+            found.append(renamed(error, case))
+    return found
+
+
+def _describe(image: Image, digest: str) -> Fingerprint:
     grey = luminance(image.pixels)[0]
     thumbnail = _thumbnail(grey)
     return Fingerprint(
@@ -71,37 +121,25 @@ def fingerprint(source: Case | str | os.PathLike[str]) -> Fingerprint:
     )
 
 
-def fingerprints(
-    cases: Sequence[Case], *, threads: int = 2, progress: Callable[[int, int], None] | None = None
-) -> list[Fingerprint | InputError]:
-    """Fingerprints in the order of `cases`; an unreadable file leaves its InputError in its place.
-
-    `progress(done, total)` is called from the calling thread after each image.
-    """
-    results: list[Fingerprint | InputError | None] = [None] * len(cases)
-    with ThreadPoolExecutor(max_workers=max(threads, 1)) as pool:
-        jobs = {pool.submit(_try_fingerprint, case): index for index, case in enumerate(cases)}
-        try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                results[jobs[job]] = job.result()
-                if progress is not None:
-                    progress(done, len(cases))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return [each for each in results if each is not None]
-
-
 def case_sha256(case: Case) -> str:
     """Content hash of a case: of its file's bytes (and frame), or of its pixels where it never was a file."""
-    if case.image is None:
-        return framed_sha256(file_sha256(case.path), case.frame)
-    return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
+    return CaseHashes().of(case)
 
 
-def framed_sha256(digest: str, frame: int | None) -> str:
-    """The hash of one frame: of its file's hash and its number; of a file with a single image, the file's."""
-    return digest if frame is None else hashlib.sha256(f"{digest}#{frame}".encode()).hexdigest()
+class CaseHashes:
+    """`case_sha256` of many cases; a file of many slices is read once."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, str] = {}
+
+    def of(self, case: Case) -> str:
+        """The content hash of a case. Raises InputError when its file cannot be read."""
+        if case.image is not None:
+            return hashlib.sha256(np.ascontiguousarray(case.image.pixels).tobytes()).hexdigest()
+        if case.path not in self._files:
+            self._files[case.path] = file_sha256(case.path)
+        digest = self._files[case.path]
+        return digest if case.frame is None else hashlib.sha256(f"{digest}#{case.frame}".encode()).hexdigest()
 
 
 def file_sha256(path: str | os.PathLike[str]) -> str:
@@ -162,13 +200,6 @@ def _near_pairs(bits: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
     pairs = np.concatenate(list(blocks()))
     return pairs[pairs[:, 0] < pairs[:, 1]]
-
-
-def _try_fingerprint(case: Case) -> Fingerprint | InputError:
-    try:
-        return fingerprint(case)
-    except InputError as error:
-        return error
 
 
 def _thumbnail(grey: np.ndarray) -> np.ndarray:

@@ -12,10 +12,10 @@ import torch
 from umiad.bootstrap import resample_scores
 from umiad.cases import case_masks
 from umiad.data import DataSet
-from umiad.duplicates import case_sha256
+from umiad.duplicates import CaseHashes
 from umiad.errors import InputError
 from umiad.fitted import FittedModel
-from umiad.fitting import Data, Reporter, Silent, as_dataset, case_image
+from umiad.fitting import Data, Reporter, Silent, as_dataset, usable_images
 from umiad.metrics import UndefinedMetric, pro_curve, roc_points
 from umiad.preprocess import resize_mask
 from umiad.scoring import common
@@ -190,7 +190,8 @@ def _test_part(
 ) -> tuple[tuple[Case, ...], tuple[str, ...], str, tuple[str, ...]]:
     """Cases, groups, the rule that chose them, and notes."""
     labelled = [case for case in dataset.cases if case.label is not None]
-    hashes = {case: case_sha256(case) for case in labelled}
+    known_files = CaseHashes()
+    hashes = {case: known_files.of(case) for case in labelled}
     known = {entry.sha256: entry for entry in model.split.entries}
     if any(case.split for case in labelled):
         chosen, rule = [case for case in labelled if case.split == "test"], "official test part of the data"
@@ -205,7 +206,8 @@ def _test_part(
             "no labelled image belongs to the test part",
             "evaluate the data the model was fitted on, or data with normal and abnormal images it never saw",
         )
-    if leaked := [case.name for case in chosen if hashes[case] in model.fitted_hashes()]:
+    fitted = model.fitted_hashes()
+    if leaked := [case.name for case in chosen if hashes[case] in fitted]:
         raise InputError(
             leaked[0],
             f"{len(leaked)} images of the test part were fitted, held out or calibrated on, expected none: "
@@ -232,8 +234,8 @@ def score_cases(
     masks: list[np.ndarray | None] = []
 
     def images() -> Iterator[Image]:
-        for case in cases:
-            image = case_image(replace(case, reading=model.config.preprocessing.reading))
+        own = [replace(each, reading=model.config.preprocessing.reading) for each in cases]
+        for case, image in zip(own, usable_images(own), strict=True):
             masks.append(case_mask(case, image, size))
             yield image
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeAlias
@@ -16,7 +16,7 @@ from pydantic import Field
 import umiad
 from umiad import modelfile
 from umiad.calibration import fit_calibration
-from umiad.cases import case_pixels
+from umiad.cases import case_images, case_pixels
 from umiad.config import Config, Preprocessing
 from umiad.data import DEFAULT_FILES, DataSet, load_data
 from umiad.detectors.contract import Detector
@@ -186,6 +186,15 @@ def case_image(case: Case) -> Image:
     return image
 
 
+def usable_images(cases: Iterable[Case]) -> Iterator[Image]:
+    """The pixels of cases as `case_image` gives them; a file of many slices is read once. Raises InputError."""
+    for image in case_images(cases):
+        if isinstance(image, InputError):
+            raise image
+        check_usable(image)
+        yield image
+
+
 def split_data(dataset: DataSet, *, seed: int, holdout: float, reporter: Reporter) -> Split:
     """Read every file once, for its fingerprint, and split. Raises InputError where one cannot be read."""
     found = fingerprints(dataset.cases, progress=lambda n, of: reporter.stage("reading images", n, of))
@@ -268,7 +277,7 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
     with FeatureCache(keys, memory_limit=job.options.memory_limit) as cache:
         cache.fill(
             job.detector,
-            (_item(key, material.cases[key], job.preprocessing) for key in keys),
+            _items(keys, material, job.preprocessing),
             progress=lambda done, total: job.reporter.stage("frozen features", done, total),
         )
         run = TrainingRun(
@@ -288,9 +297,10 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
         return _assemble(job, material, run, rows)
 
 
-def _item(key: str, case: Case, preprocessing: Preprocessing) -> Item:
-    image = case_image(case)
-    return key, to_input(image, preprocessing), original_size(image, preprocessing)
+def _items(keys: Sequence[str], material: _Material, preprocessing: Preprocessing) -> Iterator[Item]:
+    """What the cache of features is filled from."""
+    for key, image in zip(keys, usable_images(material.cases[key] for key in keys), strict=True):
+        yield key, to_input(image, preprocessing), original_size(image, preprocessing)
 
 
 def _assemble(job: _Job, material: _Material, run: TrainingRun, rows: list[Row]) -> FittedModel:

@@ -6,7 +6,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -112,7 +111,7 @@ def leak_problems(rows: list[Row], leaks: Leaks) -> Iterator[Problem]:
     coloured = [(name, case.label, "coloured") for name, case, each in rows if each.coloured > COLOURED_FROM]
     grey = [(name, case.label, "") for name, case, each in rows if each.coloured <= COLOURED_FROM]
     yield from _one_sided(coloured + grey, "warning", "{0}")
-    suffixes = [(name, case.label, Path(name).suffix.lower()) for name, case, _ in rows]
+    suffixes = [(name, case.label, case.path.suffix.lower()) for name, case, _ in rows]
     yield from _one_sided(suffixes, "note", "named *{0}")
 
 

@@ -100,7 +100,8 @@ def save(
             for name, content in files.items():
                 diskfile.write_synced(fresh / name, content)
             diskfile.sync_folder(fresh)
-            _swap(fresh, target)
+            aside = target.with_name(f".{target.name}.umiad-old-{secrets.token_hex(4)}")
+            diskfile.swap_folder(fresh, target, aside=aside)
     return Path(path)
 
 
@@ -262,7 +263,7 @@ def _new_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     kwargs |= {name: value for name, value in (("device", "meta"), ("generator", None)) if name in names}
     try:
         made = func(*args, **kwargs)
-    except (NotImplementedError, RuntimeError, TypeError):
+    except (RuntimeError, TypeError):  # meta has no answer for it
         return 0
     found = [each for each in tree_leaves(made) if isinstance(each, torch.Tensor)]
     return sum(tensor.numel() * tensor.element_size() for tensor in found)
@@ -357,19 +358,3 @@ def _temporary_folder(target: Path) -> Iterator[Path]:
         yield fresh
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    """Put `fresh` in the place of `target`; the older folder is put back if that fails. Raises OSError."""
-    old = target.with_name(f".{target.name}.umiad-old-{secrets.token_hex(4)}")
-    replaces = target.exists()
-    if replaces:
-        target.rename(old)
-    try:
-        fresh.rename(target)
-    except OSError:
-        if replaces:
-            old.rename(target)
-        raise
-    diskfile.sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

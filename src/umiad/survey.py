@@ -26,11 +26,13 @@ LEVELS = ("error", "warning", "note")
 class MaskSummary:
     """Names of the cases by the state of their masks; "several" are united, "empty" mark no pixel.
 
+    `marked`: how many mark something. A volume is empty where none of its slices that are cases is marked.
     `unreadable` lists files with the reason.
     """
 
     with_mask: int
     without: int
+    marked: int
     empty: tuple[str, ...] = ()
     several: tuple[str, ...] = ()
     wrong_size: tuple[str, ...] = ()
@@ -181,9 +183,16 @@ def _masks(rows: list[Row]) -> MaskSummary:
     masked = [row for row in rows if row[1].masks]
     with ThreadPoolExecutor(max_workers=2) as pool:
         states = list(pool.map(_mask_states, masked))
-    fields = ("empty", "several", "wrong_size", "non_binary", "unreadable")
+    fields = ("several", "wrong_size", "non_binary", "unreadable")
     found = {field: tuple(state[field] for state in states if field in state) for field in fields}
-    return MaskSummary(with_mask=len(masked), without=len(rows) - len(masked), **found)
+    marked = {case.path for (_, case, _), state in zip(masked, states, strict=True) if "marked" in state}
+    empty = {
+        case.path: name if case.frame is None else name.removesuffix(f"#{case.frame}")
+        for (name, case, _), state in zip(masked, states, strict=True)
+        if case.path not in marked and "unreadable" not in state
+    }
+    count = sum("marked" in state for state in states)
+    return MaskSummary(len(masked), len(rows) - len(masked), count, tuple(empty.values()), **found)
 
 
 def _mask_states(row: Row) -> dict[str, str]:
@@ -203,9 +212,7 @@ def _mask_states(row: Row) -> dict[str, str]:
                     states["non_binary"] = name
     except InputError as error:
         return states | {"unreadable": f"{name}, mask {alias_of(path) or path.name}: {error.reason}"}
-    if marked or case.frame is not None:  # most slices of an abnormal volume are empty
-        return states
-    return states | {"empty": name}
+    return states | {"marked": name} if marked else states
 
 
 def _duplicates(rows: list[Row]) -> Duplicates:
@@ -280,11 +287,10 @@ def _mask_problems(summary: ClassSummary) -> Iterator[Problem]:
     if masks.non_binary:
         text = f"{where}: masks with values between black and white; they are cut in the middle"
         yield Problem("warning", text, masks.non_binary)
-    marked = masks.with_mask - len(masks.empty) - len(masks.unreadable)
     if summary.label == "abnormal" and masks.empty:
         yield Problem("warning", f"{where}: masks that mark nothing", masks.empty)
     if summary.label == "abnormal" and masks.without:
         text = f"{where}: {masks.without} of {masks.without + masks.with_mask} images have no mask"
         yield Problem("note", f"{text}: no pixel metrics for them")
-    if summary.label == "normal" and marked:
-        yield Problem("warning", f"{where}: {marked} of its masks mark something in normal images")
+    if summary.label == "normal" and masks.marked:
+        yield Problem("warning", f"{where}: {masks.marked} of its masks mark something in normal images")

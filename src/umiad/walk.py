@@ -100,8 +100,8 @@ class Walk:
             if entry.is_dir():
                 self.notes.append(f"{self.short(path)}: a link to a folder is not followed")
                 return True
-        except OSError:
-            self.notes.append(f"{self.short(path)}: a link that leads nowhere (a loop)")
+        except OSError as error:  # a loop of links, or a place that may not be looked at
+            self.notes.append(f"{self.short(path)}: a link that cannot be followed: {error.strerror}")
             return True
         if self._follow or Path(os.path.realpath(path)).is_relative_to(self._home):
             return False

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from umiad import diskfile, tensorfile
-from umiad.config import nearest
+from umiad.config import TINY, nearest
 from umiad.errors import ConfigError, InputError, ModelFileError
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 RANDOM, DAMAGED = "random", "damaged"
-TINY = "resnet-tiny"
-"""The backbone of tests and golden files, see `umiad.nn.encoder`: its weights are always random."""
 BLOCKS = {"resnet18": ((2, 2, 2, 2), 1), "resnet34": ((3, 4, 6, 3), 1), "resnet50": ((3, 4, 6, 3), 4)}
 """Backbone -> blocks per stage, and how much wider than its kernels a block's output is."""
 MAX_BYTES = 256 * diskfile.MIB

@@ -14,7 +14,8 @@ Frame = Annotated[
     typer.Option(
         "--frame",
         metavar="WHICH",
-        help="Frames of a multi-frame DICOM, slices of a NIfTI volume: a number from 0, FIRST:END[:STEP], middle, all.",
+        help="Frames of a multi-frame DICOM, slices of a NIfTI volume: a number from 0, "
+        "FIRST:END[:STEP], middle, all.",
     ),
 ]
 WindowOption = Annotated[

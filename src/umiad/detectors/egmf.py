@@ -29,8 +29,9 @@ class EGMF:
     configuration says. Presets:
 
     - "paper": the network with the published constants, for reproduction (`umiad.detectors.egmf_network`);
-    - "ablation": the same network in 15 epochs (batches of 16, 1e-3 falling along a cosine: the best held-out
-      likelihood of four short schedules on BUSI's normals), for comparing its parts (docs/results.md, Tables 5 to 8);
+    - "ablation": the same network in 15 epochs (batches of 16, 1e-3 falling along a cosine: the best likelihood of
+      held-out normal images of BUSI among the schedules of benchmarks/ablation_schedule.py), for comparing its
+      parts (docs/results.md, Tables 5 to 8);
     - "default": affine flows, fitted in closed form (`umiad.detectors.egmf_affine`). Chosen on normal images
       only (docs/decisions/0005); outlines far better than the network, and detects at least as well (docs/results.md);
     - "quick": the same without the mirrored image: half the time to score, weaker where the two sides of the body

@@ -11,13 +11,13 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from umiad.config import DetectorConfig, nearest
+from umiad.config import TINY, DetectorConfig, nearest
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
 from umiad.nn.affine import AffineFlow, TwinMoments, fibres_of, on_grid
 from umiad.nn.edge import EDGE_CHANNELS, EDGES, FineScales
-from umiad.nn.encoder import BACKBONES, CHANNELS, TINY, Pyramid, grid
+from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid
 from umiad.nn.fibres import neighbourhood, to_pixels
 from umiad.nn.precision import exact
 from umiad.scoring import LIKELIHOODS, smooth, top_mean

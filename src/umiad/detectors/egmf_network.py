@@ -11,12 +11,12 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from umiad.config import MAX_BLOCKS, DetectorConfig, nearest
+from umiad.config import MAX_BLOCKS, TINY, DetectorConfig, nearest
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.aggregate import AGGREGATES
 from umiad.nn.edge import EDGES, sobel_target
-from umiad.nn.encoder import BACKBONES, CHANNELS, TINY, Pyramid, grid, pool, pooled_size
+from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid, pool, pooled_size
 from umiad.nn.flow import ConditionalFlow, position_encoding
 from umiad.nn.fusion import FUSIONS
 from umiad.nn.guidance import GUIDANCES

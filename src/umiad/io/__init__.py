@@ -65,19 +65,22 @@ def read_image(
             path, f"frame {choice!r} may be several images, expected one", "see umiad.io.read_frames"
         )
     [image] = read_frames(path, frames=choice, reading=reading, limits=limits)
+    if image.frame is None and choice.isdigit() and int(choice):
+        raise InputError(path, f"there is no frame {choice}, it holds a single image")
     return image
 
 
 def read_frames(
     path: str | os.PathLike[str],
     *,
-    frames: str = choices.ALL,
+    frames: str | Sequence[int] = choices.ALL,
     reading: Reading = DEFAULT_READING,
     limits: Limits = DEFAULT_LIMITS,
 ) -> Iterator[Image]:
-    """Decode a file image by image: "all", "one", "middle", "12", or "40:90:5" as in Python slices.
+    """Decode a file image by image: "all", "one", "middle", "12", "40:90:5" as in Python slices, or numbers.
 
-    Raises InputError as `read_image`, where a frame is damaged also after others were given.
+    A file that is one image by nature yields it, whatever is chosen. Raises InputError as `read_image`, where a
+    frame is damaged also after others were given.
     """
     _, images = open_frames(path, frames=frames, reading=reading, limits=limits)
     yield from images
@@ -86,18 +89,19 @@ def read_frames(
 def open_frames(
     path: str | os.PathLike[str],
     *,
-    frames: str = choices.ALL,
+    frames: str | Sequence[int] = choices.ALL,
     reading: Reading = DEFAULT_READING,
     limits: Limits = DEFAULT_LIMITS,
 ) -> tuple[Stack, Iterator[Image]]:
     """What a file holds, and its images as `read_frames` gives them; the former is known at once."""
-    choices.check(frames)
+    if isinstance(frames, str):
+        choices.check(frames)
     content, source = _load(path, limits, reading)
     if limits.isolated:
         answers = pool.current().decode(content, source, frames=frames)
         return next(answers), answers  # type: ignore[return-value]
     stack = open_images(content, source)
-    numbers = choices.resolve(frames, stack.count, name=source.name)
+    numbers = choices.resolve(frames, stack.count, name=source.name, single=stack.single)
     return stack, (_framed(stack.frame(number)) for number in numbers)
 
 
@@ -160,7 +164,7 @@ def looks_like_image(path: Path) -> bool:
 
     A damaged `scan.png` does look like an image (and reading it says what is wrong), a text file does not.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return False
     return path.name.lower().endswith(SUFFIXES) or kind_of_file(path) in KINDS
 
@@ -184,7 +188,8 @@ def _mask(path: Path, frame: int | None, reading: Reading, limits: Limits) -> np
         _, image = pool.current().decode(content, source, frames=choice, mask=True)
     else:
         stack = open_masks(content, source)
-        [image] = (stack.frame(k) for k in choices.resolve(choice, stack.count, name=source.name))
+        numbers = choices.resolve(choice, stack.count, name=source.name, single=stack.single)
+        [image] = map(stack.frame, numbers)
     return image.pixels[0] > 0.5  # type: ignore[union-attr]
 
 

@@ -11,15 +11,15 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from umiad.errors import InputError
 from umiad.io import frames, wire
-from umiad.io.decode import TOO_LARGE, open_images, open_masks, unexpected
-from umiad.io.source import Limits, Source, Window
+from umiad.io.decode import open_images, open_masks, unexpected
+from umiad.io.source import TOO_LARGE, Limits, Source, Window
 from umiad.types import Image, Stack
 
 GROUPS = ("raster", "DICOM", "NIfTI")
@@ -62,7 +62,7 @@ def _answer(
         stack = (open_masks if request["mask"] else open_images)(bytes(content), source)
         yield _about(stack), b""
         if request["frames"] is not None:
-            for number in frames.resolve(request["frames"], stack.count, name=source.name):
+            for number in _numbers(request["frames"], stack, source):
                 _limit(source.limits)  # each frame has the time of a file: a cine of 500 frames is no attack
                 image = stack.frame(number)
                 yield image_header(image), np.ascontiguousarray(image.pixels, dtype=np.float32).data.cast("B")
@@ -72,6 +72,10 @@ def _answer(
     except (Exception, RecursionError) as error:
         told = unexpected(error, source)
         yield {"error": [told.reason, told.hint]}, b""
+
+
+def _numbers(choice: str | Sequence[int], stack: Stack, source: Source) -> Sequence[int]:
+    return frames.resolve(choice, stack.count, name=source.name, single=stack.single)
 
 
 def _about(stack: Stack) -> dict[str, Any]:

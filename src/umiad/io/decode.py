@@ -5,14 +5,8 @@ from __future__ import annotations
 from umiad.errors import InputError
 from umiad.io import raster
 from umiad.io.files import RASTER_KINDS
-from umiad.io.source import Source
+from umiad.io.source import TOO_LARGE, Source
 from umiad.types import Image, Stack
-
-TOO_LARGE = (
-    "needs more memory to decode than the ceiling allows",
-    "export it smaller, or raise child_memory",
-)
-"""Reason and hint where memory ends."""
 
 
 def open_images(content: bytes, source: Source) -> Stack:

@@ -17,7 +17,7 @@ from umiad.errors import InputError
 from umiad.io.dicom_header import Header, Layout, patient_token, read_header, read_layout, spacing
 from umiad.io.dicom_pixels import Pixels, open_pixels
 from umiad.io.quiet import silent_warnings
-from umiad.io.source import Source
+from umiad.io.source import DAMAGED, TOO_LARGE, Source
 from umiad.types import Image, Stack
 
 Curve: TypeAlias = Callable[[np.ndarray], np.ndarray]  # float64 -> float64, elementwise
@@ -27,7 +27,6 @@ _PERCENTILES = (0.5, 99.5)
 _LITTLE_USED = 0.1  # of the stored range
 _PROGRAMS = (b"MZ", b"\x7fELF")
 _PALETTE = "PaletteColorLookupTable"
-_DAMAGED = "it is damaged or truncated; export it again"
 _IGNORE_WINDOW = "--window full or --window C,W ignores what the file says"
 
 
@@ -76,12 +75,12 @@ def _one_error(name: str) -> Iterator[None]:
         except InputError:
             raise
         except MemoryError:
-            failure = InputError(name, "there is not enough memory to decode it", "export it smaller")
+            failure = InputError(name, *TOO_LARGE)
         except RecursionError:
             reason = "its sequences (SQ, items (FFFE,E000)) are nested too deeply, expected at most about 200 levels"
-            failure = InputError(name, reason, _DAMAGED)
+            failure = InputError(name, reason, DAMAGED)
         except Exception as error:
-            failure = InputError(name, f"cannot be decoded as DICOM ({type(error).__name__})", _DAMAGED)
+            failure = InputError(name, f"cannot be decoded as DICOM ({type(error).__name__})", DAMAGED)
         finally:
             logger.propagate = propagate
     if failure is not None:
@@ -175,7 +174,7 @@ def _modality(header: Header, frame: int, layout: Layout) -> tuple[Curve, float,
         header.refuse("RescaleSlope is 0, expected another number: every pixel would be the same")
     ends = sorted((least * slope + intercept, (least + 2.0**layout.stored - 1) * slope + intercept))
     if not np.isfinite(ends).all() or ends[0] == ends[1]:
-        header.refuse("RescaleSlope and RescaleIntercept leave no range of finite numbers", _DAMAGED)
+        header.refuse("RescaleSlope and RescaleIntercept leave no range of finite numbers", DAMAGED)
     return lambda values: values * slope + intercept, ends[0], ends[1]
 
 
@@ -192,7 +191,7 @@ def _window(header: Header, frame: int, source: Source, low: float) -> tuple[Cur
     if items := owner.items("VOILUTSequence"):
         look_up, entries, bits = _table(items[0], "VOILUTSequence", low)
         if entries.max() > 2.0**bits - 1:
-            header.refuse(f"VOILUTSequence holds {entries.max():.0f}, expected at most {bits} bits", _DAMAGED)
+            header.refuse(f"VOILUTSequence holds {entries.max():.0f}, expected at most {bits} bits", DAMAGED)
         return lambda values: look_up(values) / (2.0**bits - 1), ()
     if not centres or not widths:
         return None, ()
@@ -244,7 +243,7 @@ def _table(item: Header, keyword: str, low: float) -> tuple[Curve, np.ndarray, i
         return entries[np.clip(np.rint(values - first), 0, count - 1).astype(np.intp)]
 
     if not 1 <= bits <= _TABLE_BITS:
-        item.refuse(f"LUTDescriptor of {keyword} says {bits} bits, expected 1 to 16", _DAMAGED)
+        item.refuse(f"LUTDescriptor of {keyword} says {bits} bits, expected 1 to 16", DAMAGED)
     return look_up, entries, bits
 
 
@@ -252,7 +251,7 @@ def _descriptor(item: Header, keyword: str, low: float) -> tuple[int, int, int]:
     """Number of entries, first number that is mapped, bits. `low` < 0: the first number may be negative."""
     numbers = [int(number) for number in item.numbers(keyword)]
     if len(numbers) != 3:
-        item.refuse(f"{keyword} has {len(numbers)} values, expected 3", _DAMAGED)
+        item.refuse(f"{keyword} has {len(numbers)} values, expected 3", DAMAGED)
     first = numbers[1] - 2**16 if low < 0 and numbers[1] >= 2**15 else numbers[1]
     return numbers[0] % 2**16 or 2**16, first, numbers[2]
 
@@ -269,7 +268,7 @@ def _entries(item: Header, keyword: str, count: int, bits: int) -> np.ndarray:
         numbers = [] if value is None else value if hasattr(value, "__iter__") else [value]
         entries = np.asarray([int(number) & 0xFFFF for number in numbers], np.uint16)
     if len(entries) < count:
-        item.refuse(f"{keyword} has {len(entries)} entries, expected {count}", _DAMAGED)
+        item.refuse(f"{keyword} has {len(entries)} entries, expected {count}", DAMAGED)
     return entries[:count]
 
 
@@ -283,7 +282,7 @@ def _painted(codes: np.ndarray, header: Header, layout: Layout) -> tuple[np.ndar
     for colour in ("Red", "Green", "Blue"):
         count, first, bits = _descriptor(header, f"{colour}{_PALETTE}Descriptor", least)
         if bits not in (8, 16):
-            header.refuse(f"{colour}{_PALETTE}Descriptor says {bits} bits, expected 8 or 16", _DAMAGED)
+            header.refuse(f"{colour}{_PALETTE}Descriptor says {bits} bits, expected 8 or 16", DAMAGED)
         if header.value(f"Segmented{colour}{_PALETTE}Data") is not None:
             entries = _expanded(header, f"Segmented{colour}{_PALETTE}Data", count, bits)
         else:
@@ -304,7 +303,7 @@ def _expanded(header: Header, keyword: str, count: int, bits: int) -> np.ndarray
     """A segmented palette (PS3.3 C.7.9.2) -> its `count` entries. Raises InputError; indirect segments too."""
     value = header.value(keyword)
     if not isinstance(value, bytes):
-        header.refuse(f"{keyword} cannot be read", _DAMAGED)
+        header.refuse(f"{keyword} cannot be read", DAMAGED)
     data = np.frombuffer(value[: len(value) // 2 * 2], "<u2" if header.little else ">u2").astype("<u2")
     words = (data.view(np.uint8) if bits == 8 else data)[: 4 * count].tolist()
     entries: list[int] = []
@@ -321,7 +320,7 @@ def _expanded(header: Header, keyword: str, count: int, bits: int) -> np.ndarray
         else:
             header.refuse(f"{keyword} has a segment that is not supported, expected discrete or linear ones")
     if len(entries) < count:
-        header.refuse(f"{keyword} has {len(entries)} entries, expected {count}", _DAMAGED)
+        header.refuse(f"{keyword} has {len(entries)} entries, expected {count}", DAMAGED)
     return np.asarray(entries[:count], np.uint16)
 
 

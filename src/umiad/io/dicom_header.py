@@ -27,7 +27,7 @@ from pydicom.uid import (
 )
 
 from umiad.errors import InputError
-from umiad.io.source import UNSUSPICIOUS, Source
+from umiad.io.source import DAMAGED, UNSUSPICIOUS, Source
 
 _WANTED = """SOPClassUID PatientID IssuerOfPatientID BurnedInAnnotation Rows Columns SamplesPerPixel
 BitsAllocated BitsStored HighBit PixelRepresentation PlanarConfiguration PhotometricInterpretation NumberOfFrames
@@ -44,7 +44,6 @@ _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _RETIRED = ("HSV", "ARGB", "CMYK", "YBR_PARTIAL_422", "YBR_PARTIAL_420")
 _PIECE = 1 << 16  # compressed bytes inflated at a time
 _CENTIMETRES = 3  # PhysicalUnitsXDirection
-_DAMAGED = "it is damaged or truncated; export it again"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +63,7 @@ class Header:
         try:
             value = self.dataset.get(keyword)
         except Exception as error:
-            self.refuse(f"{keyword} cannot be read ({type(error).__name__})", _DAMAGED)
+            self.refuse(f"{keyword} cannot be read ({type(error).__name__})", DAMAGED)
         return None if value is None or (hasattr(value, "__len__") and len(value) == 0) else value
 
     def numbers(self, keyword: str) -> list[float]:
@@ -78,7 +77,7 @@ class Header:
         except (TypeError, ValueError, OverflowError):
             numbers = [math.nan]
         if not all(map(math.isfinite, numbers)):
-            self.refuse(f"{keyword} holds a value that is no number, expected a finite number", _DAMAGED)
+            self.refuse(f"{keyword} holds a value that is no number, expected a finite number", DAMAGED)
         return numbers
 
     def whole(self, keyword: str, low: int, high: int, default: int | None = None) -> int:
@@ -89,7 +88,7 @@ class Header:
         if len(numbers) != 1 or numbers[0] != int(numbers[0]) or not low <= numbers[0] <= high:
             found = f"is {numbers[0]:.12g}" if len(numbers) == 1 else f"has {len(numbers)} values"
             found = found if numbers else "is missing"
-            self.refuse(f"{keyword} {found}, expected one whole number {low} to {high}", _DAMAGED)
+            self.refuse(f"{keyword} {found}, expected one whole number {low} to {high}", DAMAGED)
         return int(numbers[0])
 
     def text(self, keyword: str) -> str:
@@ -100,19 +99,23 @@ class Header:
         single = isinstance(value, str) or not hasattr(value, "__iter__")
         return "\\".join(str(each) for each in ([value] if single else value)).strip()
 
-    def items(self, keyword: str) -> list[Header]:
-        """The items of a sequence; [] where it is absent or empty."""
+    def items(self, keyword: str, *, only: int | None = None) -> list[Header]:
+        """The items of a sequence, or `only` that one; [] where it is absent or empty."""
         value = self.value(keyword)
         if value is None:
             return []
         if not all(hasattr(each, "get") for each in value):
-            self.refuse(f"{keyword} is no sequence of items", _DAMAGED)
-        return [Header(each, self.name, self.little) for each in value]
+            self.refuse(f"{keyword} is no sequence of items", DAMAGED)
+        chosen = value if only is None else value[only : only + 1]
+        return [Header(each, self.name, self.little) for each in chosen]
 
     def group(self, frame: int, keyword: str) -> Header | None:
         """The functional group `keyword` (enhanced multi-frame) that holds for a frame: its own, else the shared."""
-        own = self.items("PerFrameFunctionalGroupsSequence")[frame : frame + 1]
-        for groups in (own, self.items("SharedFunctionalGroupsSequence")[:1]):
+        for sequence, number in (
+            ("PerFrameFunctionalGroupsSequence", frame),
+            ("SharedFunctionalGroupsSequence", 0),
+        ):
+            groups = self.items(sequence, only=number)
             if groups and (found := groups[0].items(keyword)):
                 return found[0]
         return None
@@ -178,10 +181,10 @@ def _file_meta(stream: BytesIO, source: Source) -> Header:
         meta = read_dataset(stream, implicit, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
         try:
             meta.get("TransferSyntaxUID")
-        except NotImplementedError:
+        except NotImplementedError:  # pydicom's word for a value representation that is none
             continue
         return Header(meta, source.name, True)
-    raise InputError(source.name, "TransferSyntaxUID cannot be read", _DAMAGED)
+    raise InputError(source.name, "TransferSyntaxUID cannot be read", DAMAGED)
 
 
 def _encoding(stream: BytesIO, syntax: UID | None) -> tuple[bool, bool]:
@@ -195,7 +198,10 @@ def _encoding(stream: BytesIO, syntax: UID | None) -> tuple[bool, bool]:
 
 
 def _inflate(compressed: memoryview, source: Source) -> BytesIO:
-    """Inflate a deflated data set, counting first and keeping afterwards. Raises InputError above the ceilings."""
+    """Inflate a deflated data set, counting first and keeping afterwards, so that a bomb takes no memory.
+
+    Raises InputError above the ceilings.
+    """
     limits = source.limits
     ceiling = limits.most_inflated(len(compressed))
     total = 0
@@ -214,7 +220,7 @@ def _inflate(compressed: memoryview, source: Source) -> BytesIO:
         for piece in _inflated(compressed):
             stream.write(piece)
     except (zlib.error, EOFError):
-        raise InputError(source.name, "is deflated, but its data set cannot be inflated", _DAMAGED) from None
+        raise InputError(source.name, "is deflated, but its data set cannot be inflated", DAMAGED) from None
     stream.seek(0)
     return stream
 
@@ -242,12 +248,12 @@ def _pixel_element(header: Header, stream: BytesIO, syntax: UID | None, kind: UI
     if keyword is None:
         known = kind.type in ("SOP Class", "Meta SOP Class", "Service Class")
         what = f" (SOPClassUID: {kind.name})" if known else ""
-        header.refuse(f"has no PixelData{what}, expected an image", f"if it should have one, {_DAMAGED}")
+        header.refuse(f"has no PixelData{what}, expected an image", f"if it should have one, {DAMAGED}")
     if keyword != "PixelData":
         header.refuse(f"has {keyword}, expected PixelData with whole numbers", "export it with 16-bit pixels")
     explicit = head[4:6] in (b"OB", b"OW", b"UN")
     if explicit and len(head) < 12:
-        header.refuse("PixelData is cut off within its first bytes", _DAMAGED)
+        header.refuse("PixelData is cut off within its first bytes", DAMAGED)
     length = unpack(f"{order}L", head[8:12] if explicit else head[4:8])[0]
     start += 12 if explicit else 8
     vr = head[4:6] if explicit else b"OW"

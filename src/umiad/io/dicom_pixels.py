@@ -30,13 +30,13 @@ from pydicom.uid import (
 
 from umiad.errors import InputError
 from umiad.io.dicom_header import Element, Header, Layout
+from umiad.io.source import DAMAGED
 
 _NATIVE = (ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian, None)
 _JPEG = (JPEGBaseline8Bit, JPEGExtended12Bit)
 _ITEM, _DELIMITER = (0xFFFE, 0xE000), (0xFFFE, 0xE0DD)
 _MOST_FRAGMENTS = 100_000
 _J2K_START = b"\xff\x4f\xff\x51"  # SOC, SIZ
-_TOO_SHORT = "it is damaged or truncated; export it again"
 _CONVERT = "convert it to an uncompressed transfer syntax"
 
 
@@ -115,7 +115,7 @@ def open_pixels(header: Header, layout: Layout, element: Element) -> Pixels:
         header.refuse(
             f"PixelData holds {fragments} compressed fragments, expected at least one for each of the "
             f"{layout.frames} frames (NumberOfFrames)",
-            _TOO_SHORT,
+            DAMAGED,
         )
     return Pixels(header, layout, element, ())
 
@@ -129,10 +129,10 @@ def _check_native(header: Header, layout: Layout, element: Element) -> tuple[str
     bits = layout.rows * layout.columns * layout.samples * layout.allocated * layout.frames
     expected = math.ceil((bits // 3 * 2 if subsampled else bits) / 8)
     if length > there:
-        header.refuse(f"PixelData declares {length} bytes, the file holds {there} of them", _TOO_SHORT)
+        header.refuse(f"PixelData declares {length} bytes, the file holds {there} of them", DAMAGED)
     if length < expected:
         found = f"has {length} bytes" if length else "is empty"
-        header.refuse(f"PixelData {found}, expected {expected} for its frames", _TOO_SHORT)
+        header.refuse(f"PixelData {found}, expected {expected} for its frames", DAMAGED)
     excess = length - expected - expected % 2
     if excess > 0 and (length % 2 or (subsampled and length >= expected // 2 * 3)):
         header.refuse(f"PixelData has {length} bytes, expected {expected} for its frames", "export it again")
@@ -179,10 +179,10 @@ def _count_fragments(header: Header, element: Element) -> int:
         if (group, number) == _DELIMITER:
             break
         if (group, number) != _ITEM:
-            header.refuse("PixelData ends within its compressed fragments", _TOO_SHORT)
+            header.refuse("PixelData ends within its compressed fragments", DAMAGED)
         position, count = position + 8 + length, count + 1
         if position > end:
-            header.refuse(f"PixelData ends within compressed fragment {count}", _TOO_SHORT)
+            header.refuse(f"PixelData ends within compressed fragment {count}", DAMAGED)
         if count > _MOST_FRAGMENTS:
             header.refuse(f"PixelData has more than {_MOST_FRAGMENTS} compressed fragments")
     return max(count, 0)
@@ -264,12 +264,12 @@ def _rle(encoded: bytes, header: Header, layout: Layout) -> tuple[np.ndarray, st
     count = width * layout.samples
     offsets = [*unpack_from(f"<{count + 1}L", encoded)][1:] if 1 <= count <= 15 and len(encoded) >= 64 else []
     if not offsets or unpack_from("<L", encoded)[0] != count:
-        header.refuse(f"an RLE frame does not declare {count} segments", _TOO_SHORT)
+        header.refuse(f"an RLE frame does not declare {count} segments", DAMAGED)
     planes = np.empty((layout.samples, width, size), np.uint8)
     for index, (start, stop) in enumerate(zip(offsets, [*offsets[1:], len(encoded)], strict=True)):
         segment = _unpacked(encoded[start:stop], size)
         if len(segment) < size:
-            header.refuse(f"an RLE segment holds {len(segment)} bytes, expected {size}", _TOO_SHORT)
+            header.refuse(f"an RLE segment holds {len(segment)} bytes, expected {size}", DAMAGED)
         planes[index // width, index % width] = np.frombuffer(segment, np.uint8, size)
     words = np.ascontiguousarray(planes.transpose(2, 0, 1)).view(f">u{width}")
     shape = (
@@ -306,7 +306,7 @@ def _j2k_size(encoded: bytes, header: Header, layout: Layout) -> tuple[int, int,
     except StructError:
         start = -1
     if start < 0:
-        raise InputError(header.name, "PixelData holds no JPEG 2000 codestream", _TOO_SHORT)
+        raise InputError(header.name, "PixelData holds no JPEG 2000 codestream", DAMAGED)
     if (bits := (depth & 127) + 1) > layout.allocated:
         header.refuse(f"the JPEG 2000 frame has {bits} bits, BitsAllocated is {layout.allocated}")
     return y1 - y0, x1 - x0, components

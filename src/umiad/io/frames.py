@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from umiad.errors import InputError
 
@@ -22,14 +23,19 @@ def check(choice: str) -> str:
     return choice
 
 
-def resolve(choice: str, count: int, *, name: str) -> range:
+def resolve(choice: str | Sequence[int], count: int, *, name: str, single: bool = False) -> Sequence[int]:
     """The numbers, counted from 0, of the frames that `choice` means in a file of `count` frames.
 
-    "one": the only frame; "middle": number count // 2; "all"; "12"; "40:90:5" as Python slices.
+    "one": the only frame; "middle": number count // 2; "all"; "12"; "40:90:5" as Python slices; or numbers.
+    A file that is one image by nature (`single`) has no frames to choose from: every choice means that image.
 
     Raises:
         InputError: "one" of a file with several (says how many), a number outside, an empty range, bad form.
     """
+    if single:
+        return range(1)
+    if not isinstance(choice, str):
+        return _inside(choice, count, name)
     check(choice)
     if choice == ALL:
         return range(count)
@@ -48,6 +54,10 @@ def resolve(choice: str, count: int, *, name: str) -> range:
         if not found:
             raise InputError(name, f"no frame in {choice} of its {count} frames or slices")
         return found
-    if int(choice) >= count:
-        raise InputError(name, f"there is no frame {choice}, it holds {count} (counted from 0)")
-    return range(int(choice), int(choice) + 1)
+    return _inside([int(choice)], count, name)
+
+
+def _inside(numbers: Sequence[int], count: int, name: str) -> Sequence[int]:
+    if (last := max(numbers)) >= count:
+        raise InputError(name, f"there is no frame {last}, it holds {count} (counted from 0)")
+    return numbers

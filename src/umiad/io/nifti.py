@@ -25,9 +25,9 @@ import numpy as np
 import numpy.ma  # np.percentile imports it late, and a decoding process can open no files
 
 from umiad.errors import InputError
-from umiad.io.nifti_header import DAMAGED, LONGEST_HEAD, Layout, invertible, read_layout, times
+from umiad.io.nifti_header import LONGEST_HEAD, Layout, invertible, read_layout, times
 from umiad.io.quiet import silent_warnings
-from umiad.io.source import UNSUSPICIOUS, Axis, Source
+from umiad.io.source import DAMAGED, TOO_LARGE, UNSUSPICIOUS, Axis, Source
 from umiad.types import Geometry, Image, Stack
 
 _STEP = 1 << 14  # compressed bytes at a time; small, since zlib copies what it does not use
@@ -193,8 +193,7 @@ def _one_error(source: Source) -> Iterator[None]:
     except InputError:
         raise
     except MemoryError as error:
-        reason = "there is not enough memory to decode it"
-        raise InputError(source.name, reason, "export it smaller") from error
+        raise InputError(source.name, *TOO_LARGE) from error
     except Exception as error:
         reason = f"cannot be decoded as NIfTI ({type(error).__name__})"
         raise InputError(source.name, reason, DAMAGED) from error

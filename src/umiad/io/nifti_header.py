@@ -15,11 +15,10 @@ from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import HeaderDataError
 
 from umiad.errors import InputError
-from umiad.io.source import Source
+from umiad.io.source import DAMAGED, Source
 
 LONGEST_HEAD = 544
 """Bytes: a NIfTI-2 header and the four that announce extensions."""
-DAMAGED = "it is damaged or truncated; export it again"
 """Hint for whatever breaks the format."""
 _HEADS = {348: (nibabel.Nifti1Header, 344, b"1"), 540: (nibabel.Nifti2Header, 4, b"2")}
 _UNITS = {1: (1000.0, "metres"), 3: (0.001, "micrometres")}  # of xyzt_units; else millimetres

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Pool:
         """Bytes that the largest child held at most; None before the first file, and where it is unknown."""
 
     def decode(
-        self, content: bytes, source: Source, *, frames: str | None = None, mask: bool = False
+        self, content: bytes, source: Source, *, frames: str | Sequence[int] | None = None, mask: bool = False
     ) -> Iterator[Stack | Image]:
         """Yield the stack (its `frame` cannot be called), then the images that `frames` means.
 
@@ -186,7 +186,7 @@ class _Worker:
         return self._process.poll() is None
 
     def ask(
-        self, content: bytes, source: Source, *, frames: str | None, mask: bool
+        self, content: bytes, source: Source, *, frames: str | Sequence[int] | None, mask: bool
     ) -> Iterator[Stack | Image]:
         """One file's stack and images. Raises _Refused, or InputError when the child is lost."""
         request = _request(source, frames=frames, mask=mask)
@@ -266,7 +266,7 @@ class _Worker:
         return InputError(source.name, reason, HINT)
 
 
-def _request(source: Source, *, frames: str | None, mask: bool) -> dict[str, Any]:
+def _request(source: Source, *, frames: str | Sequence[int] | None, mask: bool) -> dict[str, Any]:
     return {
         "name": os.fsencode(source.name).decode(errors="backslashreplace"),
         "kind": source.kind,

@@ -19,7 +19,7 @@ from PIL.Image import Transpose
 
 from umiad.errors import InputError
 from umiad.io.quiet import recorded_warnings
-from umiad.io.source import Source
+from umiad.io.source import DAMAGED, TOO_LARGE, Source
 from umiad.types import Image
 
 _EXIF_ORIENTATION = 0x0112
@@ -94,16 +94,12 @@ def _decode(content: bytes, source: Source) -> _Decoded:
         raise InputError(source.name, f"declares too many pixels: {error}", "export it smaller") from error
     except PIL.UnidentifiedImageError as error:
         reason = f"starts like a {source.kind} file, but its header cannot be read"
-        raise InputError(source.name, reason, "it is damaged or truncated; export it again") from error
+        raise InputError(source.name, reason, DAMAGED) from error
     except MemoryError as error:
-        raise InputError(
-            source.name,
-            "needs more memory to decode than there is",
-            "export it smaller, or raise child_memory",
-        ) from error
+        raise InputError(source.name, *TOO_LARGE) from error
     except Exception as error:
         reason = f"cannot be decoded as {source.kind}: {error or type(error).__name__}"
-        raise InputError(source.name, reason, "it is damaged or truncated; export it again") from error
+        raise InputError(source.name, reason, DAMAGED) from error
     notes = _notes(messages, picture.mode, bits, source)
     return _Decoded(colour, alpha, picture.mode, bits, notes)
 

@@ -10,6 +10,12 @@ from umiad.types import Axis, Window
 __all__ = ["MIB", "UNSUSPICIOUS", "Axis", "Limits", "Source", "Window"]
 
 MIB = 1 << 20
+DAMAGED = "it is damaged or truncated; export it again"
+TOO_LARGE = (
+    "needs more memory to decode than the ceiling allows",
+    "export it smaller, or raise child_memory",
+)
+"""Reason and hint where memory ends."""
 UNSUSPICIOUS = 64 * MIB
 """Bytes that any compressed file may grow to: an ordinary mask, nearly empty, is a thousand times its file."""
 

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from umiad.config import TINY
 from umiad.errors import ModelFileError
 
 CHANNELS = (64, 128, 256, 512)
 """Channels of F1..F4 of ResNet18, the paper's backbone."""
-TINY = "resnet-tiny"
-"""For tests and golden files only: ResNet18's channels and strides in 0.2 MB, random weights, see `_tiny`."""
 BACKBONES: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {"resnet18": CHANNELS, "resnet34": CHANNELS, "resnet50": (256, 512, 1024, 2048), TINY: CHANNELS}
 )
