@@ -31,8 +31,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/umiad demo --out demo-out --weights "$(WEIGHTS)"
 
+# Two processes of one thread each: small tensors gain nothing from threads.
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 check: setup
 	$(BIN)/ruff check .

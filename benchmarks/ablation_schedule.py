@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from paper_protocol import COMMIT
+from paper_protocol import CODE
 from umiad.api import FitOptions, build, fit
 from umiad.data import load_data
 from umiad.progress import RichReporter
@@ -58,7 +58,7 @@ def main() -> None:
             "train_nats_per_dim",
             "holdout_nats_per_dim",
         )
-        found[name] = {**{key: model.info[key] for key in facts}, "commit": COMMIT}
+        found[name] = {**{key: model.info[key] for key in facts}, "commit": CODE}
         TARGET.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         print(name, found[name]["holdout_nats_per_dim"])
 

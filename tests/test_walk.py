@@ -31,7 +31,7 @@ def test_I14_loops_of_links_end_with_a_note(tmp_path):
     (tmp_path / "normal" / "loop.png").symlink_to(tmp_path / "normal" / "loop.png")
     data = load_data(tmp_path)
     assert any("a link to a folder is not followed" in note for note in data.notes)
-    assert any("loop.png: a link that cannot be followed" in note for note in data.notes)
+    assert any("loop.png: a link that leads nowhere" in note for note in data.notes)
     assert {case.path.name for case in data.cases} == {"a.png"}
 
 

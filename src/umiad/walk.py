@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -100,8 +101,9 @@ class Walk:
             if entry.is_dir():
                 self.notes.append(f"{self.short(path)}: a link to a folder is not followed")
                 return True
-        except OSError as error:  # a loop of links, or a place that may not be looked at
-            self.notes.append(f"{self.short(path)}: a link that cannot be followed: {error.strerror}")
+        except OSError as error:
+            why = "leads nowhere (a loop)" if error.errno == errno.ELOOP else f"fails: {error.strerror}"
+            self.notes.append(f"{self.short(path)}: a link that {why}")
             return True
         if self._follow or Path(os.path.realpath(path)).is_relative_to(self._home):
             return False
