@@ -41,8 +41,8 @@ SAM = "not run: no SAM checkpoint"
 GET_SAM = (
     f"Row SAM: {SAM}. It needs Meta's segment anything model as a folder that the library transformers reads offline "
     "(config.json and model.safetensors; sam-vit-base, Apache-2.0, is published in that form), fetched beforehand, and "
-    "pip install 'umiad[sam]'; `umiad.sam.build` makes the network on it. A result of variant sam then stands here. No "
-    "other edge detector is shown under this name."
+    "pip install 'umiad[sam]'; `python benchmarks/paper_protocol.py` with --sam FOLDER then runs variant sam of "
+    "benchmarks/ablation.toml, and its results stand here. No other edge detector is shown under this name."
 )
 READING = (
     "Percent; ours: mean over seeds (lowest to highest, n = number of seeds); seed 0 with its 95 % bootstrap interval. "

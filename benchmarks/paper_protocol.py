@@ -3,7 +3,8 @@
 python benchmarks/paper_protocol.py --data ../shared/data --weights FILE benchmarks/table3.toml
 
 Every run is judged twice from one scoring pass: "metrics" under the method's own post-processing and
-"metrics_common" under one smoothing and one image score for all (`umiad.scoring.common`).
+"metrics_common" under one smoothing and one image score for all (`umiad.scoring.common`). Runs whose edges come from
+SAM need the checkpoint that `--sam` names; without it they are not run.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.console import Console
 
 import umiad
 from remember import remember
+from umiad import sam
 from umiad.api import FitOptions, FittedModel, build, fit
 from umiad.bootstrap import resample_scores
 from umiad.config import canonical_json
@@ -104,6 +106,13 @@ def run_key(run: dict[str, Any], *, data: str, weights: str, config: dict[str, A
     ).hexdigest()[:16]
 
 
+def with_sam(run: dict[str, Any], folder: Path | None) -> dict[str, Any] | None:
+    """The run with SAM's checkpoint `folder` in its settings, where its edges are SAM's; None where that is missing."""
+    if run["settings"].get("edge") != sam.EDGE:
+        return run
+    return None if folder is None else {**run, "settings": {**run["settings"], "sam": str(folder)}}
+
+
 def planned(run: dict[str, Any], folder: Path, weights: str) -> dict[str, tuple[Detector, Path]]:
     """Variant -> unfitted detector and result file; `rescore` variants differ from the first in scoring only."""
     data, found = manifest(folder), {}
@@ -133,7 +142,8 @@ def execute(run: dict[str, Any], folder: Path, weights: str, *, scratch: Path | 
     with RichReporter(Console(stderr=True)) as reporter, tempfile.TemporaryDirectory(dir=scratch) as work:
         options = FitOptions(holdout=run["holdout"], seed=run["seed"], equalise=run["equalise"])
         first = plan[run["variant"]][0]
-        model = fit(first, dataset, options=options, out=Path(work) / "model", reporter=reporter)
+        out = None if first.info.not_saved else Path(work) / "model"
+        model = fit(first, dataset, options=options, out=out, reporter=reporter)
         fit_seconds = time.monotonic() - started
         for variant, (detector, target) in plan.items():
             if detector is not first:
@@ -284,15 +294,22 @@ def main() -> None:
     parser.add_argument(
         "--remember", action="store_true", help="keep backbone features in memory between runs (busi: 2.9 GB)"
     )
+    parser.add_argument(
+        "--sam", type=Path, metavar="FOLDER", help=f"for rows with SAM's edges: {sam.HOW_TO_GET}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what is missing and stop")
     options = parser.parse_args()
     if options.remember:
         remember()
     for each in options.lists:
-        for run in runs(each):
-            name = " ".join(str(run[k]) for k in ("dataset", "detector", "preset", "variant", "seed"))
-            folder = options.data / run["dataset"]
+        for listed in runs(each):
+            name = " ".join(str(listed[k]) for k in ("dataset", "detector", "preset", "variant", "seed"))
+            folder = options.data / listed["dataset"]
             if not all(word in name.split() for word in options.only.split()):
+                continue
+            run = with_sam(listed, options.sam)
+            if run is None:
+                sys.stderr.write(f"not run: {name}: no SAM checkpoint, name one with --sam FOLDER\n")
                 continue
             if not folder.is_dir():
                 sys.stderr.write(f"skipped {name}: {folder} is not there\n")

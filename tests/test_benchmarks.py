@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from make import tiny_set
+from make_sam import sam_checkpoint
 from umiad.report import to_markdown
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -175,6 +176,37 @@ def test_rescored_variants_share_the_fit(scripts, tmp_path):
     assert records["main"]["log"]
     assert not records["full"]["log"]
     assert records["full"]["config"]["likelihood"] == "full"
+
+
+SAM_ROW = """variant = "sam"
+settings = { edge = "sam", aggregate = "add", fusion = "none", blocks = 2, training = { epochs = 1 } }
+preset = "ablation"
+"""
+
+
+def test_without_a_checkpoint_sams_row_is_not_run_and_says_so(scripts, tmp_path, monkeypatch, capsys):
+    write_list(tmp_path / "runs.toml", detectors=["egmf"], more=SAM_ROW)
+    run(scripts, monkeypatch, tmp_path)
+    told = capsys.readouterr().err.splitlines()
+    expected = "not run: busi egmf ablation sam 0: no SAM checkpoint, name one with --sam FOLDER"
+    assert told == [expected, expected.replace("busi", "head_ct")]
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_checkpoint_runs_sams_row(scripts, tmp_path, monkeypatch):
+    folder = sam_checkpoint(tmp_path / "sam", size=64)
+    tiny_set(tmp_path / "data" / "busi", n_normal=14, n_abnormal=2)
+    more = SAM_ROW.replace("blocks = 2", "blocks = 2, sam_points = 3")
+    write_list(tmp_path / "runs.toml", detectors=["egmf"], more=more)
+    run(scripts, monkeypatch, tmp_path, "--sam", str(folder))
+    [path] = (tmp_path / "results").glob("*.json")
+    record = json.loads(path.read_text())
+    assert (record["variant"], record["config"]["edge"]) == ("sam", "sam")
+    assert record["config"]["sam"].startswith("file:")
+    assert str(tmp_path) not in path.read_text()
+    before = path.stat().st_mtime_ns
+    run(scripts, monkeypatch, tmp_path, "--sam", str(folder))
+    assert path.stat().st_mtime_ns == before
 
 
 def test_a_lead_is_judged_in_pairs(scripts, result):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import umiad
 from make import blob_image
+from make_sam import sam_checkpoint
 from umiad import sam
 from umiad.detectors.check import CHECKS, Candidate, Exempt, fit_quickly
 from umiad.errors import ConfigError, InputError, MissingExtraError, ModelFileError
@@ -141,38 +142,7 @@ def test_edges_are_features_where_there_is_a_boundary() -> None:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SAM of 32 thousand random weights in the form of a published one."""
-    transformers = pytest.importorskip(
-        "transformers", reason="the extra 'sam' (transformers) is not installed"
-    )
-    vision = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": SIZE,
-        "patch_size": 8,
-        "output_channels": 16,
-        "window_size": 4,
-        "global_attn_indexes": [1],
-        "mlp_dim": 32,
-        "num_pos_feats": 8,
-    }
-    prompts = {"hidden_size": 16, "image_size": SIZE, "patch_size": 8, "mask_input_channels": 4}
-    decoder = {
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "mlp_dim": 32,
-        "iou_head_hidden_dim": 16,
-    }
-    folder = tmp_path_factory.mktemp("sam")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = transformers.SamConfig(
-            vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder
-        )
-        transformers.utils.logging.disable_progress_bar()
-        transformers.SamModel(config).save_pretrained(folder)
-    return folder
+    return sam_checkpoint(tmp_path_factory.mktemp("sam"), size=SIZE)
 
 
 @pytest.fixture
