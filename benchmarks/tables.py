@@ -90,7 +90,7 @@ def _footnote(results: Sequence[Result], seed: int) -> str:
     labels = ", ".join(sorted({run["weights"] for run in results}))
     return (
         f"Percent, 95 % bootstrap intervals in brackets; each method's official post-processing; seed {seed}, and mean "
-        "with range where several seeds were run (0 to 4 for the closed forms, which take under three minutes). "
+        "with range where several seeds were run (0 to 4 for the closed forms, fitted in seconds to minutes). "
         f"Weights label: {labels}; 256 px; hold-out 0; the paper's training sizes; no test image used for any choice, "
         f"except that {POSGAUSS} {DESIGNS} "
         "A dash: no lesion masks, or no map. `size` and `intensity` are confounders, not methods. The common "

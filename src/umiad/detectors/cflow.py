@@ -137,10 +137,10 @@ class Cflow:
     maximum m. Before `finish` the r_k are 0.
 
     Presets. "paper": the published constants for ResNet18: 200 passes over the images in steps of 256 fibres.
-    "default" fits 100 images of 256 px in some 2.5 minutes on 2 cores: the published network and steps, but 12
-    passes; a rate of 1e-3 makes up for part of the missing ones (after 5 passes over 100 ultrasound images unseen
-    normal ones had -0.91 nats per dimension, with 2e-4 -0.64). "quick" is for a first look: half the blocks, twice
-    the fibres per step, 8 passes, under a minute.
+    "default" fits some 90 images of 256 px in 3 to 6 minutes on one thread (`fit_seconds` in benchmarks/results):
+    the published network and steps, but 12 passes; a rate of 1e-3 makes up for part of the missing ones (chosen by
+    the likelihood of unseen normal images, docs/decisions/0004). "quick" is for a first look: half the blocks,
+    twice the fibres per step, 8 passes.
 
     Deviation: the official code subtracts the maximum over the whole test set, so that a score depends on the
     other test images; ours subtracts the maximum over the fitted normal images. Deviation: no random rotation by

@@ -32,10 +32,11 @@ class EGMF:
     - "ablation": the same network in 15 epochs (batches of 16, 1e-3 falling along a cosine: the best likelihood of
       held-out normal images of BUSI among the schedules of benchmarks/ablation_schedule.py), for comparing its
       parts (docs/results.md, Tables 5 to 8);
-    - "default": affine flows, fitted in closed form (`umiad.detectors.egmf_affine`). Chosen on normal images
-      only (docs/decisions/0005); outlines far better than the network, and detects at least as well (docs/results.md);
-    - "quick": the same without the mirrored image: half the time to score, weaker where the two sides of the body
-      should look alike.
+    - "default": affine flows, fitted in closed form (`umiad.detectors.egmf_affine`). Settings chosen on
+      normal images only (docs/decisions/0005); outlines far better than the network, and detects at least as well
+      (docs/results.md);
+    - "quick": the same without the mirrored image: one pass through the backbone per image instead of two, weaker
+      where the two sides of the body should look alike (docs/results.md, ingredient no-mirror).
     """
 
     info: ClassVar[DetectorInfo] = AffineEGMF.info

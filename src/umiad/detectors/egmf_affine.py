@@ -99,8 +99,9 @@ class AffineEGMF:
     Deviation: the paper's flows are stacks of couplings trained by gradient steps with a position code as
     condition; ours are affine, with statistics of their own at every position, and have their fit in closed form.
     Where couplings were put on top, they were at best level (docs/decisions/0005). EGM is untrained where it
-    is chosen: no likelihood trains it well (see `umiad.nn.guidance`), and F1 and F2 themselves do better. F4 does
-    not take part. Fitting holds 0.8 GB of sums at 256 px, whatever the number of images.
+    is chosen: no likelihood trains it well (see `umiad.nn.guidance`); F1 and F2 themselves do as well, but for brain
+    MRI (docs/results.md, ingredient edges-egm). F4 does not take part. Fitting holds 0.8 GB of sums at 256 px,
+    whatever the number of images.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(
@@ -120,7 +121,7 @@ class AffineEGMF:
     def __init__(self, config: AffineConfig, backbone: Mapping[str, Tensor] | None) -> None:
         self.config = config
         self.pyramid = Pyramid(backbone, seed=config.seed, backbone=config.backbone, depth=DEPTH)
-        self.pyramid.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
+        self.pyramid.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # for speed
         part, channels = GUIDES[config.edge]
         self.edge: nn.Module = part(seed=config.seed).requires_grad_(False).eval()
         self._blocks = {"join": (CHANNELS[2], channels), "ignore": (CHANNELS[2],)}[config.aggregate]

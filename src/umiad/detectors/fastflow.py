@@ -124,12 +124,12 @@ class Fastflow:
     the image score comes from its maximum m. The loss is the sum over levels of the mean negative log-likelihood of an
     image in nats, not divided by the dimensions.
 
-    Presets. "paper": the published constants for ResNet18 and the official standardisation. "default" fits 100
-    images of 256 px in some 2.5 minutes on 2 cores: 28 epochs instead of 500, in batches of 4 for as many steps as
-    possible (700 instead of 2,000) at a rate that falls along a cosine, since the last epoch counts; scales 2 and
-    3 only, as scale 1 is half of the cost; 3x3 and 1x1 convolutions in turn, as published for larger backbones, for
-    another third of the cost; and no trained factors in the standardisation (see `NORMS`). "quick" takes 8 epochs of
-    that, under a minute.
+    Presets. "paper": the published constants for ResNet18 and the official standardisation. "default" fits
+    some 90 images of 256 px in 3 to 5 minutes on one thread (`fit_seconds` in benchmarks/results): 28 epochs instead
+    of 500, in batches of 4 for as many steps as possible (700 instead of 2,000) at a rate that falls along a cosine,
+    since the last epoch counts; scales 2 and 3 only, for two thirds of the flows' multiplications; 3x3 and 1x1
+    convolutions in turn, as published for larger backbones, for five ninths of those; and no trained factors in the
+    standardisation (see `NORMS`). "quick" takes 8 epochs of that.
 
     Deviation: the published map is the mean of -exp; ours is that plus 1. Deviation: the image score m is
     written as -log(1 - m), in nats: the same order of images, but no ties where exp is below float32's resolution.

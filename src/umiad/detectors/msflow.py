@@ -238,9 +238,9 @@ class MSFlow:
 
     Presets: "paper" = the published training (100 epochs in batches of 8, 1e-4 falling by 0.33 twice, 12 epochs
     of warm-up, norm of the undivided loss's gradient at most 2). "default" stops after 34 epochs with 4 of
-    warm-up and keeps everything else, loss and clipping included: about 2.5 minutes for 100 images on two cores.
-    "quick" takes 12 epochs with 1 of warm-up at 3e-4. Gradients of the undivided loss are in the thousands: the
-    limit gives all of them the length 2, so that every batch counts alike.
+    warm-up and keeps everything else, loss and clipping included: 3 to 5 minutes for some 90 images on one thread
+    (`fit_seconds` in benchmarks/results). "quick" takes 12 epochs with 1 of warm-up at 3e-4. Gradients of the
+    undivided loss are far longer than 2: the limit gives all of them that length, so that every batch counts alike.
 
     Deviation: 256 pixels instead of 512, and ResNet18 by default instead of WideResNet50.
     Deviation: the image score s is returned as -log(1 - s) in nats, and so is the map "mul", pixel by pixel: the

@@ -163,9 +163,9 @@ class PatchCore:
     because scoring costs a [1024,M] x 384 product per image of 256 px: with M of about 10,000 that is 4 GMAC,
     twice the backbone, with 2,048 it is 0.8. "quick" also chooses from 16 images' worth of fibres, 1,024 items.
 
-    Measured on one thread at 256 px: choosing from 100 images 40 s ("paper", 10,240 items), 8 s ("default") and
-    0.5 s ("quick"), beside the backbone's time per image; scoring after the backbone 180, 35 and 19 ms per image
-    on a busy machine. Fitting holds 0.2 GB of fibres (0.025 GB for "quick").
+    "default" fits some 90 images in 9 to 19 s on one thread, reading and backbone included (`fit_seconds` in
+    benchmarks/results); time to score: docs/results.md, Table 4. Fitting holds 0.2 GB of fibres (0.025 GB for
+    "quick").
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(

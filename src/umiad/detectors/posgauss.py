@@ -182,8 +182,9 @@ class PosGauss:
 
     Presets: "paper" = the reference of the project's notes (the method has no paper of its own): layer 3, flips,
     epsilon chosen; at 256 px 100 MB hold rank 209, all that 105 images and their mirror images span. "default" is
-    the same and cuts nothing: at 256 px it fits in 2 s beyond the backbone's time and scores in about 6 ms beyond it.
-    "quick" leaves out the mirror images (half of the backbone's time) and keeps 60 MB, rank 56.
+    the same and cuts nothing: it fits some 90 images in 9 to 20 s on one thread, reading and backbone included
+    (`fit_seconds` in benchmarks/results); time to score: docs/results.md, Table 4. "quick" leaves out the mirror
+    images (half of the backbone's time) and keeps 60 MB, rank 56.
 
     Deviation: PaDiM draws channels at random and adds 0.01 to the diagonal; see above for what is here instead.
     """

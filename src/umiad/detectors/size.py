@@ -66,10 +66,10 @@ class Size:
     Higher scores = more anomalous; the map is constant, the image score in every pixel. It sees no lesion and
     must never be used as a detector: it is the confounder that a table has to show. In the public head CT set the
     images with a haemorrhage are larger, and the area of the file alone separates them with an AUROC of 0.80 where
-    the direction is known, as much as several published models. This fit does not know it and reaches about 0.6
-    (0.25 to 0.68 in five splits with ten normal test images each). Resizing does not remove it, since sharpness
-    stays. A model that does not clearly beat this row has shown nothing. Without a backbone: `backbone` and
-    `weights` are not used, nor is `seed`.
+    the direction is known (`umiad check-data`). This fit does not know it and reaches 0.54 in the mean, 0.25 to 0.68
+    (docs/results.md, Table 3, head_ct: five splits with ten normal test images each). Resizing does not remove it,
+    since sharpness stays. A model that does not clearly beat this row has shown nothing. Without a backbone:
+    `backbone` and `weights` are not used, nor is `seed`.
 
     Presets: "paper", "default" and "quick" are the same, since nothing is cut; there is no publication.
     """

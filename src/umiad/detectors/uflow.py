@@ -170,8 +170,8 @@ class UFlow:
 
     Presets: "paper" = the published training (at most 200 epochs, Adam with decay 1e-5, rate falling in a line to
     0.4 of 1e-4) behind the trainable LayerNorm. "default" stops after 25 epochs at five times the rate,
-    which is more than half as far in all, and has nothing trainable before the flow: about 2.5 minutes for 100
-    images on two cores. "quick" takes 8 epochs of the same.
+    which is more than half as far in all, and has nothing trainable before the flow: 4 to 6 minutes for some 90
+    images on one thread (`fit_seconds` in benchmarks/results). "quick" takes 8 epochs of the same.
 
     The trainable LayerNorm is no part of the density: shrinking its gains raises the likelihood without end
     (`monitor` shows their size as `norm_gain`), which is why only "paper" has it.
