@@ -121,7 +121,6 @@ class AffineEGMF:
     def __init__(self, config: AffineConfig, backbone: Mapping[str, Tensor] | None) -> None:
         self.config = config
         self.pyramid = Pyramid(backbone, seed=config.seed, backbone=config.backbone, depth=DEPTH)
-        self.pyramid.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # for speed
         part, channels = GUIDES[config.edge]
         self.edge: nn.Module = part(seed=config.seed).requires_grad_(False).eval()
         self._blocks = {"join": (CHANNELS[2], channels), "ignore": (CHANNELS[2],)}[config.aggregate]
@@ -219,7 +218,7 @@ class AffineEGMF:
         check_images(images, size=self.config.size)
         transform = TRANSFORMS[self.config.transform]
         with torch.no_grad():
-            f1, f2, f3 = self.pyramid(images.contiguous(memory_format=torch.channels_last), depth=DEPTH)
+            f1, f2, f3 = self.pyramid(images, depth=DEPTH)
             found = [neighbourhood(transform(f3))]
             if len(self._blocks) > 1:
                 edges = self.edge(transform(f1), transform(f2))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,14 +14,16 @@ from torch.nn import functional as F
 
 from umiad.config import TINY
 from umiad.errors import ModelFileError
+from umiad.nn.resnet import PLANS, Folded, ResNet
 
 CHANNELS = (64, 128, 256, 512)
 """Channels of F1..F4 of ResNet18, the paper's backbone."""
 BACKBONES: Mapping[str, tuple[int, ...]] = MappingProxyType(
-    {"resnet18": CHANNELS, "resnet34": CHANNELS, "resnet50": (256, 512, 1024, 2048), TINY: CHANNELS}
+    {name: plan.channels for name, plan in PLANS.items()}
 )
 """Name of each backbone -> channels of its F1..F4; all have the same strides."""
 _STRIDES = (4, 8, 16, 32)
+_CLASSIFIER = ("fc.weight", "fc.bias")
 _SHOWN = 5  # problems named in one error message
 _TITLES = {"resnet18": "ResNet18", "resnet34": "ResNet34", "resnet50": "ResNet50", TINY: "the tiny ResNet"}
 
@@ -49,7 +50,8 @@ class Pyramid(nn.Module):
 
     images [B,3,S,S], float, ImageNet-normalised, S a multiple of 32 ->
     F1 [B,64,S/4,S/4], F2 [B,128,S/8,S/8], F3 [B,256,S/16,S/16], F4 [B,512,S/32,S/32], all >= 0. Those are
-    ResNet18's and ResNet34's `channels`; ResNet50 has four times as many (see `BACKBONES`).
+    ResNet18's and ResNet34's `channels`; ResNet50 has four times as many (see `BACKBONES`). No gradient flows back to
+    the images. Runs folded and channels-last (`umiad.nn.resnet.Folded`).
 
     Layers deeper than `depth` (1 to 4) are not kept, and cannot be run; `state` may hold them.
 
@@ -57,8 +59,8 @@ class Pyramid(nn.Module):
     "*.num_batches_tracked" may be missing, nothing else. Without `state` the weights are random, drawn
     from `seed`. `state_dict()` has torchvision's names without the classifier.
 
-    Source: He et al., CVPR 2016, as `monai.networks.nets.resnet18` (34, 50), whose output with these arguments
-    equals torchvision's. Deviation: Table 2 of the paper prints F1..F4 at half these sizes; the standard
+    Source: He et al., CVPR 2016; equal to `monai.networks.nets.resnet18` (34, 50) and so to torchvision's, up to
+    float32 rounding. Deviation: Table 2 of the paper prints F1..F4 at half these sizes; the standard
     network followed by `pool` yields the sizes its flows work on.
 
     Raises:
@@ -69,20 +71,17 @@ class Pyramid(nn.Module):
         self, state: Mapping[str, Tensor] | None, *, seed: int, backbone: str = "resnet18", depth: int = 4
     ) -> None:
         super().__init__()
-        self.channels = BACKBONES[backbone]
-        build = _builder(backbone)
+        self.channels, self.depth = BACKBONES[backbone], depth
         with seeded(seed):
-            network = build()
+            network = ResNet(backbone)
         if state is not None:
             _fill(network, state, name=backbone)
-        self.conv1, self.bn1, self.act = network.conv1, network.bn1, network.act
-        self.maxpool = network.maxpool
-        self.layer1, self.layer2 = network.layer1, network.layer2
-        self.layer3, self.layer4 = network.layer3, network.layer4
-        for name in ("layer1", "layer2", "layer3", "layer4")[depth:]:
-            setattr(self, name, nn.Identity())
+        for name, part in network.named_children():
+            if not name.startswith("layer") or int(name.removeprefix("layer")) <= depth:
+                self.add_module(name, part)
         self.requires_grad_(False)
         self.eval()
+        self._folded: tuple[object, Folded] | None = None
 
     def train(self, mode: bool = True) -> Pyramid:
         """Stay in evaluation mode, whatever `mode` says: BatchNorm statistics are part of the weights."""
@@ -90,41 +89,15 @@ class Pyramid(nn.Module):
 
     def forward(self, images: Tensor, *, depth: int = 4) -> tuple[Tensor, ...]:
         """The maps F1..F_depth, finest first; shapes as in the class docstring. What lies deeper is not run."""
-        maps = [self.maxpool(self.act(self.bn1(self.conv1(images))))]
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4)[:depth]:
-            maps.append(layer(maps[-1]))
-        return tuple(maps[1:])
+        return self._network()(images, depth=depth)
 
-
-def _builder(name: str) -> Callable[[], Any]:
-    """What builds a whole ResNet of MONAI, with weights from the global generators."""
-    from monai.networks import nets  # costs seconds: only where a pyramid is built
-
-    common: dict[str, Any] = {
-        "spatial_dims": 2,
-        "n_input_channels": 3,
-        "conv1_t_size": 7,
-        "conv1_t_stride": 2,
-    }
-    if name == TINY:
-        return partial(_tiny, **common)
-    build = {"resnet18": nets.resnet18, "resnet34": nets.resnet34, "resnet50": nets.resnet50}[name]
-    return partial(build, **common, num_classes=1000, shortcut_type="B", bias_downsample=False)
-
-
-def _tiny(**common: Any) -> Any:
-    """One bottleneck block per stage, its kernels a sixteenth as wide as its output, shortcuts without weights.
-
-    No published network: small enough to keep fitted models in the repository, with the channels that egmf's parts
-    are made for.
-    """
-    from monai.networks.nets.resnet import ResNet, ResNetBottleneck
-
-    class Bottleneck(ResNetBottleneck):
-        expansion = 16
-
-    inner = [channels // Bottleneck.expansion for channels in CHANNELS]
-    return ResNet(Bottleneck, [1, 1, 1, 1], inner, shortcut_type="A", feed_forward=False, **common)
+    def _network(self) -> Folded:
+        """The folded network, made anew whenever a weight has moved or changed."""
+        held = [*self.parameters(), *self.buffers()]
+        weights = tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in held)
+        if self._folded is None or self._folded[0] != weights:
+            self._folded = weights, Folded(self, depth=self.depth)
+        return self._folded[1]
 
 
 def grid(maps: Tensor) -> tuple[int, int]:
@@ -150,15 +123,15 @@ def pooled_size(size: int) -> tuple[tuple[int, int], ...]:
 
 
 def _may_be_missing(key: str) -> bool:
-    return key.startswith("fc.") or key.endswith(".num_batches_tracked")
+    return key.endswith(".num_batches_tracked")
 
 
 def _fill(network: Any, state: Mapping[str, Tensor], *, name: str) -> None:
     """Copy `state` into `network` in place; every mismatch but the allowed ones is an error."""
     own: dict[str, Tensor] = network.state_dict()
     missing = [key for key in own if key not in state and not _may_be_missing(key)]
-    unknown = [key for key in state if key not in own]
-    shared = {key: value for key, value in state.items() if key in own and not key.startswith("fc.")}
+    unknown = [key for key in state if key not in own and key not in _CLASSIFIER]
+    shared = {key: value for key, value in state.items() if key in own}
     shapes = [
         f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
         for key, value in shared.items()
