@@ -117,7 +117,6 @@ def run_job(job: str, name: str, weights: str, folder: Path) -> None:
     """The body of that process; prints the peak above the imports."""
     import lightning.pytorch
     import matplotlib.figure
-    import monai.networks.nets  # noqa: F401
 
     del lightning, matplotlib
     before = peak_kb()

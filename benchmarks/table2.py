@@ -20,6 +20,7 @@ from results_store import load_named, paper_table
 from umiad.api import build
 from umiad.nn.encoder import grid, pool
 from umiad.nn.fusion import cell_mean, upsample
+from umiad.nn.resnet import ResNet
 from umiad.parameters import count
 from umiad.report import Block, Table, Text
 from win_table import missing
@@ -55,10 +56,14 @@ def measure(
     detector = build("egmf", preset="paper", weights="random", size=size, settings=settings)
     images = torch.randn((batch, 3, size, size), generator=torch.Generator().manual_seed(0))
     seen: dict[str, tuple[Shapes, Shapes]] = {}
-    with torch.no_grad(), _noting(detector.module, seen):
-        f1, f2, f3, f4 = detector.module.get_submodule("pyramid")(images)
-        latents = detector.module.get_submodule("network")(f1, f2, f3, f4)
-    modules = dict(detector.module.named_modules())
+    # the detector runs its backbone folded, in one go: the plain one shows its layers
+    shown = nn.ModuleDict(
+        {"pyramid": ResNet(detector.config.backbone), "network": detector.module["network"]}
+    )
+    with torch.no_grad(), _noting(shown, seen):
+        f1, f2, f3, f4 = shown["pyramid"](images)
+        latents = shown["network"](f1, f2, f3, f4)
+    modules = dict(shown.named_modules())
     rows = [*_extractor(images, (f1, f2, f3, f4), seen, modules), *_flows(seen, modules)]
     rows += _fusion(latents.us, latents.ys, seen, modules)
     return rows + [
@@ -117,7 +122,7 @@ def _extractor(
     part = "Feature extractor"
     yield _row(part, "Input_size", _shapes(images), _shapes(images))
     stem = [modules[f"pyramid.{name}"] for name in ("conv1", "bn1")]
-    given, made = seen["pyramid.conv1"][0], seen["pyramid.act"][1]
+    given, made = seen["pyramid.conv1"][0], seen["pyramid.bn1"][1]
     yield _row(part, "Conv2d + BN + ReLu", given, made, parameters=_total(*stem), what=_kernel(stem[0]))
     yield _row(part, "Maxpool", *seen["pyramid.maxpool"], what=_kernel(modules["pyramid.maxpool"]))
     for k, each in zip(SCALES, features, strict=True):

@@ -99,6 +99,7 @@ class ResNet(nn.Module):
         width = STEM if not plan.padded else plan.planes[0]
         self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         before = width
         for stage, (count, planes) in enumerate(zip(plan.blocks, plan.planes, strict=True), start=1):
             blocks = []
@@ -117,8 +118,7 @@ class ResNet(nn.Module):
 
     def forward(self, images: Tensor, *, depth: int | None = None) -> tuple[Tensor, ...]:
         """The maps F1..F_depth, finest first; `depth` None = all that are kept."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images)), inplace=True), 3, stride=2, padding=1)
-        maps = [x]
+        maps = [self.maxpool(F.relu(self.bn1(self.conv1(images)), inplace=True))]
         for stage in range(1, (self.depth if depth is None else depth) + 1):
             maps.append(self.get_submodule(f"layer{stage}")(maps[-1]))
         return tuple(maps[1:])
