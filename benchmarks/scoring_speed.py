@@ -23,7 +23,7 @@ from umiad import detectors
 from umiad.api import build
 from umiad.detectors.check import clean_images, fit_quickly
 from umiad.detectors.contract import Detector
-from umiad.nn.encoder import Pyramid
+from umiad.nn.encoder import yardstick
 
 TARGET = Path(__file__).parent / "results" / "speed_scoring.json"
 N_TRAIN, REPEATS, SIZE = 99, 25, 256
@@ -44,7 +44,7 @@ def megabytes(detector: Detector) -> float:
 
 def ratios(found: dict[str, Detector], size: int, batch: int, *, repeats: int) -> dict[str, float]:
     """Median seconds of scoring `batch` images, as a multiple of the encoder's, all taking turns."""
-    images, encoder = clean_images(batch, size=size, seed=1), Pyramid(None, seed=0)
+    images, encoder = clean_images(batch, size=size, seed=1), yardstick("resnet18")
 
     def bare() -> object:
         with torch.inference_mode():

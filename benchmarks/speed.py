@@ -24,7 +24,7 @@ import torch
 from umiad.api import FitOptions, build, fit, load
 from umiad.detectors.check import clean_images, fit_quickly
 from umiad.detectors.contract import Detector
-from umiad.nn.encoder import Pyramid
+from umiad.nn.encoder import yardstick
 from umiad.phantoms import write_phantoms
 
 TARGET = Path(__file__).parent / "results" / "speed_detectors.json"
@@ -53,7 +53,7 @@ def alternate(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[s
 
 def encoder_of(detector: Detector) -> torch.nn.Module:
     """All four layers of the detector's kind of backbone: some detectors keep only a part of theirs."""
-    return Pyramid(None, seed=0, backbone=detector.config.backbone)
+    return yardstick(detector.config.backbone)
 
 
 def score_ratios(detector: Detector, batch: int) -> dict[str, float]:

@@ -33,7 +33,8 @@ from umiad.fitting import (
     resolve_device,
     split_data,
 )
-from umiad.nn.encoder import Pyramid
+from umiad.nn.encoder import yardstick
+from umiad.nn.resnet import ResNet
 from umiad.overlay import colour_scale
 from umiad.parameters import count
 from umiad.preprocess import original_size, to_input
@@ -60,7 +61,7 @@ class _Job:
     options: CompareOptions
     folder: Path | None
     reporter: Reporter
-    encoder: Pyramid
+    encoder: ResNet
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -162,7 +163,7 @@ def _job(dataset: DataSet, options: CompareOptions, folder: Path | None, reporte
         )
     fitted = {*split.names("train"), *split.names("holdout")}
     normals = tuple(case for case in dataset.cases if dataset.name_of(case) in fitted)
-    encoder = Pyramid(None, seed=0, backbone=options.backbone)
+    encoder = yardstick(options.backbone)
     encoder.to(options.device)
     reduced = replace(dataset, cases=normals, notes=())
     return _Job(dataset, reduced, split, options, folder, reporter, encoder)

@@ -100,6 +100,15 @@ class Pyramid(nn.Module):
         return self._folded[1]
 
 
+def yardstick(backbone: str) -> ResNet:
+    """The plain network, neither folded nor channels-last, in evaluation mode: times are multiples of its own.
+
+    Random weights; call it without gradients.
+    """
+    with seeded(0):
+        return ResNet(backbone).requires_grad_(False).eval()
+
+
 def grid(maps: Tensor) -> tuple[int, int]:
     """Height and width of maps [...,h,w] in cells."""
     return maps.shape[-2], maps.shape[-1]
