@@ -54,7 +54,7 @@ bench: setup
 
 tables: setup
 ifdef RUN
-	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/table3.toml benchmarks/foundation.toml
+	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/table3.toml benchmarks/rivals.toml benchmarks/foundation.toml
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/win.toml
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/ablation.toml
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/ablation_sizes.toml

@@ -179,6 +179,17 @@ def _m3() -> Iterator[Attack]:
         "egmf with 10000 blocks": _other("egmf", blocks=10_000),
         "cflow with 100000 blocks": _other("cflow", blocks=100_000, permutation="hard"),
         "fastflow with 100000 blocks": _other("fastflow", blocks=100_000),
+        "adfa with 1e9 cells a side": _other("adfa", grid=HUGE),
+        "fanogan with 1e9 channels": _other("fanogan", width=HUGE),
+        "anovaegan with 1e9 latents": _other("anovaegan", latent=HUGE),
+        "medmae with 1e9 blocks": _other("medmae", depth=HUGE),
+        "medmae with 1e9 channels": _other("medmae", width=4 * HUGE),
+        "medvit at 1e9 pixels": _other("medvit", edge=32 * HUGE),
+        "mlfeu with 1e9 channels": _other("mlfeu", width=4 * HUGE),
+        f"rd4ad of {EDGE} px": _other("rd4ad", size=EDGE, backbone="resnet50"),
+        f"ikd of {EDGE} px": _other("ikd", size=EDGE, backbone="resnet50"),
+        f"medvit of {EDGE} px": _other("medvit", size=EDGE, network="large"),
+        f"adfa of {EDGE} px": _other("adfa", size=EDGE),
     }
     for name, make in huge.items():
         yield Attack("M3", name, make, CONFIG)

@@ -24,18 +24,18 @@ METHODS: tuple[tuple[str, str], ...] = (
     ("CFlow", "cflow"),
     ("U-Flow", "uflow"),
     ("MSFlow", "msflow"),
-    ("ADFA", ""),
-    ("IKD", ""),
-    ("RD4AD", ""),
-    ("MedMAE", ""),
-    ("MLFEU-net", ""),
-    ("MedViTV2", ""),
+    ("ADFA", "adfa"),
+    ("IKD", "ikd"),
+    ("RD4AD", "rd4ad"),
+    ("MedMAE", "medmae"),
+    ("MLFEU-net", "mlfeu"),
+    ("MedViTV2", "medvit"),
     ("UMIAD-EGMF", "egmf"),
 )
 """The paper's rows in its order, and our detector of that method ("" = not built yet)."""
 CONFOUNDERS = ("intensity", "size")
 """What a data set gives away without any method."""
-BESIDE = ("fastflow", "padim", "posgauss", "patchcore", *CONFOUNDERS)
+BESIDE = ("fastflow", "padim", "posgauss", "patchcore", "anovaegan", "fanogan", *CONFOUNDERS)
 """Ours that the paper does not have."""
 POSTS = (("official", "metrics", "image_scores"), ("common", "metrics_common", "image_scores_common"))
 MAIN = ("det_auroc", "det_ap", "seg_auroc", "seg_aupro")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from results_store import SHOWN_PRESETS, load_speed, paper_table, title
+from table3 import METHODS
 from umiad.parameters import parameter_table
 from umiad.report import Block, Table, Text
 
-PAPER_NAMES = {"cflow": "CFlow", "msflow": "MSFlow", "egmf": "UMIAD-EGMF"}
+PAPER_NAMES = {detector: method for method, detector in METHODS if detector}
 
 
 def counted_rows() -> list[dict[str, Any]]:

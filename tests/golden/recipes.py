@@ -28,6 +28,20 @@ RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "fastflow": ("fastflow", "default", {"blocks": 2}),
     "msflow": ("msflow", "default", {"blocks": [1, 1, 2], "condition_channels": 16}),
     "uflow": ("uflow", "default", {"blocks": 2}),
+    "rd4ad": ("rd4ad", "default", {}),
+    "ikd": ("ikd", "default", {}),
+    "adfa": ("adfa", "default", {}),
+    "medmae": (
+        "medmae",
+        "quick",
+        {"width": 32, "depth": 2, "heads": 2, "decoder_width": 16, "decoder_depth": 1},
+    ),
+    "mlfeu": ("mlfeu", "quick", {"width": 4}),
+    "mlfeu-lesions": ("mlfeu", "quick", {"width": 4, "objective": "lesions"}),
+    "medvit": ("medvit", "quick", {"network": "tiny", "channels": 8}),
+    "medvit-map": ("medvit", "quick", {"network": "tiny", "channels": 8, "image_score": "map"}),
+    "anovaegan": ("anovaegan", "quick", {"width": 2}),
+    "fanogan": ("fanogan", "quick", {"width": 2}),
 }
 """Name -> detector, preset, settings; the backbone is the tiny one."""
 

@@ -15,14 +15,22 @@ if TYPE_CHECKING:
     from umiad.detectors.contract import Detector
 
 REGISTRY: dict[str, str] = {
+    "adfa": "umiad.detectors.adfa:Adfa",
+    "anovaegan": "umiad.detectors.anovaegan:AnoVaeGan",
     "cflow": "umiad.detectors.cflow:Cflow",
     "egmf": "umiad.detectors.egmf:EGMF",
+    "fanogan": "umiad.detectors.fanogan:FAnoGan",
     "fastflow": "umiad.detectors.fastflow:Fastflow",
+    "ikd": "umiad.detectors.ikd:Ikd",
     "intensity": "umiad.detectors.intensity:Intensity",
+    "medmae": "umiad.detectors.medmae:MedMae",
+    "medvit": "umiad.detectors.medvit:MedVit",
+    "mlfeu": "umiad.detectors.mlfeu:Mlfeu",
     "msflow": "umiad.detectors.msflow:MSFlow",
     "padim": "umiad.detectors.padim:Padim",
     "patchcore": "umiad.detectors.patchcore:PatchCore",
     "posgauss": "umiad.detectors.posgauss:PosGauss",
+    "rd4ad": "umiad.detectors.rd4ad:Rd4ad",
     "size": "umiad.detectors.size:Size",
     "uflow": "umiad.detectors.uflow:UFlow",
 }
