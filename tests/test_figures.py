@@ -129,7 +129,7 @@ def test_figure_8_traces_results_and_printed_values(scripts, tmp_path):
     assert paper["paper"]["printed"] == float(printed["UMIAD-EGMF"]["det_auroc"])
     assert paper["ours"]["seed0"] == 70.0
     assert panel["egmf"] == {"ours": None, "paper": None}
-    assert panel["MedMAE"]["ours"] is None
+    assert panel["medmae"]["ours"] is None
     assert panel["MSFlow" if "MSFlow" in panel else "msflow"]["paper"]["suspect"]
     assert found["panels"]["head_ct det_auroc"]["padim"]["ours"] is None
     assert (found["weights"], found["commits_of_runs"]) == (["random"], ["abc"])

@@ -12,6 +12,7 @@ from torch import nn
 from umiad import detectors
 from umiad.detectors.check import clean_images, fit_quickly
 from umiad.detectors.contract import Detector
+from umiad.nn.encoder import Pyramid
 
 PROBE_SIZE, PROBE_IMAGES = 64, 4
 
@@ -65,10 +66,17 @@ def _recording(module: nn.Module) -> Iterator[set[str]]:
     """Names of the submodules whose forward runs inside; empty for a detector without any."""
     ran: set[str] = set()
 
-    def noting(name: str) -> Any:
-        return lambda *_: ran.add(name)
+    def noting(name: str, part: nn.Module) -> Any:
+        def note(_: nn.Module, inputs: Any, words: dict[str, Any]) -> None:
+            inside = part.run_parts(**words) if isinstance(part, Pyramid) else ()  # run folded, in one go
+            ran.update((name, *(f"{name}.{each}" for each in inside)))
 
-    handles = [part.register_forward_pre_hook(noting(name)) for name, part in module.named_modules()]
+        return note
+
+    handles = [
+        part.register_forward_pre_hook(noting(name, part), with_kwargs=True)
+        for name, part in module.named_modules()
+    ]
     try:
         yield ran
     finally:

@@ -91,6 +91,11 @@ class Pyramid(nn.Module):
         """The maps F1..F_depth, finest first; shapes as in the class docstring. What lies deeper is not run."""
         return self._network()(images, depth=depth)
 
+    def run_parts(self, *, depth: int = 4) -> tuple[str, ...]:
+        """Names of the submodules whose weights `forward` uses at this `depth`."""
+        deeper = tuple(f"layer{stage}" for stage in range(depth + 1, 5))
+        return tuple(name for name, _ in self.named_modules() if name and not name.startswith(deeper))
+
     def _network(self) -> Folded:
         """The folded network, made anew whenever a weight has moved or changed."""
         held = [*self.parameters(), *self.buffers()]
