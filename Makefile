@@ -58,6 +58,7 @@ ifdef RUN
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/win.toml
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" --remember benchmarks/ablation.toml
 	$(BIN)/python benchmarks/paper_protocol.py --data "$(DATA)" --weights "$(WEIGHTS)" benchmarks/ablation_sizes.toml
+	$(BIN)/python benchmarks/ablation_schedule.py --data "$(DATA)" --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/table1.py --data "$(DATA)"
 	$(BIN)/python benchmarks/table2.py
 	$(BIN)/python benchmarks/figures.py --data "$(DATA)" --weights "$(WEIGHTS)"

@@ -158,7 +158,7 @@ def figure8(results: Sequence[Result]) -> Numbers:
     figure.suptitle(
         "Figure 8: detectors on the three public sets, in percent (of AUROC, 50 is chance). The paper prints no "
         "intervals;\nits value is grey where it is suspect (docs/results.md says why). Rows without a diamond are not "
-        "in the paper, detectors without a dot are not built here.",
+        "in the paper, detectors without a dot are not run, or not built, here.",
         fontsize=11,
     )
     save(figure, "fig8-performance")

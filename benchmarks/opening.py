@@ -151,6 +151,9 @@ def _cannot(results: Sequence[Result]) -> str:
     recall = sum("recall+precision: impossible at image level" in row["why"] for row in table)
     sam = any(run["variant"] == "sam" for run in results)
     absent = [method for method, detector in METHODS if not detector]
+    waiting = [
+        m for m, detector in METHODS if detector and not any(r["detector"] == detector for r in results)
+    ]
     lines = [
         f"{sum(impossible.values())} of {different} different det_auroc values ({places}) are no possible AUROC of the "
         "paper's own test images",
@@ -158,6 +161,7 @@ def _cannot(results: Sequence[Result]) -> str:
         "the paper names no rule",
         f"the pixel figures of {' and '.join(NO_MASKS)} need lesion masks that the public sets do not have",
         *([] if sam else ["the row SAM of Table 7 needs a checkpoint (not run)"]),
-        f"not built here: {', '.join(absent)}",
+        *([f"not built here: {', '.join(absent)}"] if absent else []),
+        *([f"built here, and not run yet: {', '.join(waiting)}"] if waiting else []),
     ]
     return f"What cannot: {'; '.join(lines)}."

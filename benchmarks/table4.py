@@ -15,9 +15,11 @@ PAPER_NAMES = {detector: method for method, detector in METHODS if detector}
 def counted_rows() -> list[dict[str, Any]]:
     """Parameters of every detector at preset "paper", and of each other preset that tables show."""
     rows = []
-    more = [row for preset in _more_presets() for row in parameter_table(preset=preset)]
+    more = [
+        row for preset in _more_presets() for row in parameter_table(preset=preset, names=_shown_with(preset))
+    ]
     for row in parameter_table():
-        rows += [each for each in more if _is_shown(each) and each["name"] == row["name"]]
+        rows += [each for each in more if each["name"] == row["name"]]
         rows.append(row)
     return rows
 
@@ -80,8 +82,8 @@ def _more_presets() -> list[str]:
     return sorted({preset for shown in SHOWN_PRESETS.values() for preset in shown if preset != "paper"})
 
 
-def _is_shown(row: dict[str, Any]) -> bool:
-    return row["preset"] in SHOWN_PRESETS.get(row["name"], ())
+def _shown_with(preset: str) -> list[str]:
+    return [name for name, shown in SHOWN_PRESETS.items() if preset in shown]
 
 
 def _measured() -> str:

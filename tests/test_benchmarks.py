@@ -313,8 +313,8 @@ def test_times_of_both_presets_are_kept_apart(scripts, tmp_path):
 
 
 def test_counted_rows_add_the_presets_that_tables_show(scripts, monkeypatch):
-    def counted(*, preset="paper"):
-        return [{"name": name, "preset": preset} for name in ("cflow", "egmf")]
+    def counted(*, preset="paper", names=("cflow", "egmf")):
+        return [{"name": name, "preset": preset} for name in names]
 
     monkeypatch.setattr(scripts.table4, "parameter_table", counted)
     names = [(row["name"], row["preset"]) for row in scripts.table4.counted_rows()]

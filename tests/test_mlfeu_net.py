@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from umiad.nn.aggregate import SqueezeGate
 from umiad.nn.mlfeu import (
     ENHANCEMENTS,
     NECKS,
@@ -9,7 +10,6 @@ from umiad.nn.mlfeu import (
     Enhancement,
     Fusion,
     MlfeuNet,
-    SqueezeGate,
     high_pass,
 )
 

@@ -21,11 +21,18 @@ app.add_typer(weights_app, name="weights")
 
 @app.command("detectors")
 @command
-def detectors(size: Size = 256, json: Json = False) -> None:
-    """List the detectors, their presets and parameter counts per part (total, trainable; used in scoring)."""
+def detectors(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these; without names all of them.")] = None,
+    size: Size = 256,
+    json: Json = False,
+) -> None:
+    """List the detectors, their presets and parameter counts per part (total, trainable; used in scoring).
+
+    Each is built and fitted briefly to see what scoring uses: all of them take some twenty seconds.
+    """
     from umiad.parameters import parameter_table
 
-    rows = parameter_table(size=size)
+    rows = parameter_table(size=size, names=names or ())
     if json:
         print_json(rows)
         return

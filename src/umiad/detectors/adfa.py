@@ -16,6 +16,7 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.nn.descriptor import Descriptor
 from umiad.nn.encoder import BACKBONES, Pyramid
 from umiad.nn.fibres import join, to_pixels
+from umiad.nn.shrink import shrink
 from umiad.nn.topk import distance_prices, nearest_cost
 from umiad.scoring import maximum, smooth
 from umiad.types import Scores
@@ -125,9 +126,7 @@ class Adfa:
 
     Presets. "paper": the published constants on the grid of scale 1 (64 x 64 cells at 256 px): hours for 100 images.
     "default": 32 x 32 cells, so a sixteenth of the pairs, and 40 epochs instead of 200 at a rate that falls along a
-    cosine, since the last epoch counts. A step takes 28 ms of one core per image of 256 px (415 ms on 64 x 64 cells),
-    so 100 images take some 2 minutes. "quick": 20 epochs on 16 x 16 cells, 3 ms per image and step. On 24 images of
-    `umiad.phantoms` the distance of held-out ones to the centroids hardly falls after 60 steps; with 100 images
+    cosine, since the last epoch counts: minutes for 100 images. "quick": 20 epochs on 16 x 16 cells. With 100 images
     "default" takes 400 steps, "quick" 200.
 
     The publication gives 19 M parameters for its model with WideResNet50, which fits neither that backbone alone
@@ -174,7 +173,7 @@ class Adfa:
         with torch.no_grad():
             pyramid = self.pyramid(images, depth=max(SCALES))
             averaged = [F.avg_pool2d(features, 3, stride=1, padding=1) for features in pyramid]
-            return {f"f{k}": self._reduced(each) for k, each in zip(SCALES, averaged, strict=True)}
+            return {f"f{k}": shrink(each, self.config.side) for k, each in zip(SCALES, averaged, strict=True)}
 
     def steps(self, prepared: dict[str, Tensor], rng: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """One step. Also moves the centroids, unless gradients are off (a look for a fault, not for training)."""
@@ -225,13 +224,6 @@ class Adfa:
         check_state(state, self.module.state_dict(), name=self.info.name)
         self.module.load_state_dict(dict(state))
         self.fitted = True
-
-    def _reduced(self, features: Tensor) -> Tensor:
-        """Area averages on the grid where features [B,C,h,w] are finer than it."""
-        side = self.config.side
-        return (
-            F.interpolate(features, size=(side, side), mode="area") if features.shape[-1] > side else features
-        )
 
     def _joined(self, prepared: Mapping[str, Tensor]) -> Tensor:
         """Prepared scales on one grid, [B,C,side,side]."""

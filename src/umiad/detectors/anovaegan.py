@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from umiad.config import DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import seeded
+from umiad.nn.fibres import to_pixels
 from umiad.nn.pixels import grey
 from umiad.nn.precision import exact
 from umiad.nn.vae import ConvolutionalCritic, Decoder, GaussianEncoder, kl_divergence, sample
@@ -59,9 +59,9 @@ class AnoVaeGan:
     `backbone` and `weights` are not used. In the log, "loss" is a mean over steps of different networks;
     "l1_per_dim" tells how well images are restored.
 
-    Presets. "paper": the constants of Denner's re-implementation (128 px, dense latents). "default" fits 100 images in
-    some 5 minutes on 2 cores: 64 px, 2 steps of the critic instead of 5, 60 epochs in batches of 4 at ten times the
-    rate, which falls along a cosine, since the last epoch counts. "quick", under a minute: a quarter of the channels
+    Presets. "paper": the constants of Denner's re-implementation (128 px, dense latents). "default" is meant to
+    fit 100 images in minutes on 2 cores: 64 px, 2 steps of the critic instead of 5, 60 epochs in batches of 4 at ten
+    times the rate, which falls along a cosine, since the last epoch counts. "quick": a quarter of the channels
     of that, one step of the critic, 40 epochs.
 
     Our choice: the image score is the mean of the highest tenth of the map (`top_fraction`), since the publication
@@ -163,11 +163,11 @@ class AnoVaeGan:
     def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
         """Scores from grey images, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
-        size, maps = (self.config.size, self.config.size), []
+        maps = []
         with evaluating(self.module):
             for real in prepared["grey"].split(IMAGES_AT_ONCE):
                 residual = (real - self.decoder(self.encoder(real)[0])).abs()
-                maps.append(F.interpolate(residual, size=size, mode="bilinear", align_corners=False)[:, 0])
+                maps.append(to_pixels(residual[:, 0], self.config.size))
             smoothed = smooth(torch.cat(maps), self.config.sigma)
             return Scores(smoothed, top_mean(smoothed, self.config.top_fraction))
 

@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from umiad.config import DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import seeded
+from umiad.nn.fibres import to_pixels
 from umiad.nn.gan import Critic, Generator, LatentEncoder
 from umiad.nn.pixels import grey
 from umiad.nn.precision import exact
@@ -113,13 +113,12 @@ class FAnoGan:
     are not used. In the log, "loss" is a mean over steps of different networks; "mse_per_dim" tells how well images
     are restored.
 
-    Presets. "paper": the published constants; the number of epochs is ours. "default" fits 100 images in some 5
+    Presets. "paper": the published constants; the number of epochs is ours. "default" is meant to fit 100 images in
     minutes on 2 cores: an eighth of the channels, 2 steps of the critic instead of 5, batches of 4 instead of 64 for
     as many steps as possible, at ten times the rate, which falls along a cosine, since the last epoch counts. The
-    latents are unbounded, which is what the published code does unless told (held-out normal images are restored
-    better), and the encoder also learns alongside phase 1. "quick", under a minute: half the channels of that, one
-    step of the critic, fewer epochs. That is some 300 (quick) or 1,200 steps of the generator, few for a GAN:
-    images are restored coarsely.
+    latents are unbounded, which is what the published code does unless told, and the encoder also learns alongside
+    phase 1. "quick": half the channels of that, one step of the critic, fewer epochs. That is some 300 (quick) or
+    1,200 steps of the generator, few for a GAN: images are restored coarsely.
 
     Deviation: the encoder is trained by Adam, not by RMSProp. Deviation: the publication counts iterations, ours
     epochs. Deviation: the critic's steps of one cycle see the same real images, with other latents; published are
@@ -225,12 +224,12 @@ class FAnoGan:
     def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
         """Scores from grey images, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
-        size, maps, scores = (self.config.size, self.config.size), [], []
+        maps, scores = [], []
         with evaluating(self.module):
             for real in _parts(prepared):
                 restored = self._restored(real)
                 residual = (real - restored).abs()
-                maps.append(F.interpolate(residual, size=size, mode="bilinear", align_corners=False)[:, 0])
+                maps.append(to_pixels(residual[:, 0], self.config.size))
                 scores.append(self._distance(real, restored))
             return Scores(smooth(torch.cat(maps), self.config.sigma), torch.cat(scores))
 

@@ -85,11 +85,10 @@ class Ikd:
     and not smoothed, 0..16; the image score is its maximum. With ResNet18 there are 2.78 M frozen and as many
     trained parameters.
 
-    Presets. "paper": the published constants, AdamW at 5e-5 with decay 0.01, 50 epochs in batches of 2. "default"
-    fits 100 images of 256 px in some 5 minutes on 2 cores: as many epochs, but in batches of 8 (650 steps instead of
+    Presets. "paper": the published constants, AdamW at 5e-5 with decay 0.01, 50 epochs in batches of 2. "default" is
+    meant to fit 100 images of 256 px in minutes on 2 cores: as many epochs, but in batches of 8 (650 steps instead of
     2,500), at 2e-4, falling along a cosine since the last epoch counts. "quick" reduces the images to 128 px before
-    both networks, a quarter of the cost of a step, and takes 16 epochs at 5e-4: under a minute. An image of 256 px
-    costs 0.10 s of one core per step, of 128 px 0.026 s (measured).
+    both networks and takes 16 epochs at 5e-4.
 
     Deviation: both networks are ResNet18 (or the chosen backbone), whose scales 2 and 3 stand for the second and
     third branch of HRNet-W32, for which there are no weights here.

@@ -136,8 +136,8 @@ class MedMae:
 
     Presets. "paper": the published ViT-B/16 at 224 px (larger images are reduced to that), 111.66 million numbers,
     1000 epochs; far beyond 2 cores. "default": 0.91 million on grey images of 128 px in patches of 8, 200 epochs in
-    batches of 16 at 1e-3; some 3.5 minutes for 100 images on one core. "quick": 30 epochs of that and half the
-    rounds, under a minute.
+    batches of 16 at 1e-3: minutes for 100 images. "quick": 30 epochs of that and half the
+    rounds.
 
     Deviation: no random crops and mirror images as in MAE's code, since images are prepared once.
     Deviation: warm-up and cosine follow `umiad.schedule`: the rate starts at a tenth, and the cosine runs over all

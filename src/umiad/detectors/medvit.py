@@ -101,10 +101,9 @@ class MedVit:
     epoch counts, not the best on the test set. Deviation: CutPaste's jitter of contrast and brightness is relative to
     the image's own spread; there is none of saturation and hue, and its own schedule (SGD) is not used.
 
-    Presets. "paper": the published constants at 224 px, 100 epochs of "small": many hours on a CPU. "default" fits
-    100 images of 256 px in some 5 minutes on 2 cores: the same network at 128 px (maps of 16 x 16 cells), 12 epochs,
-    in batches of 4 images for more steps (300). "quick": the network "tiny" at 64 px (8 x 8 cells), 6 epochs, under a
-    minute. An image costs 0.44 s of one core per step in "default", 0.1 s in "quick", and 0.07 s to score (measured).
+    Presets. "paper": the published constants at 224 px, 100 epochs of "small": many hours on a CPU. "default" is
+    meant to fit 100 images of 256 px in minutes on 2 cores: the same network at 128 px (maps of 16 x 16 cells), 12
+    epochs, in batches of 4 images for more steps (300). "quick": the network "tiny" at 64 px (8 x 8 cells), 6 epochs.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from umiad.config import SIZE_MIN, SIZE_STEP, DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.detectors.mlfeu_objective import OBJECTIVES
+from umiad.nn.fibres import to_pixels
 from umiad.nn.mlfeu import MlfeuNet
 from umiad.nn.pixels import grey
 from umiad.scoring import smooth, top_mean
@@ -82,9 +82,9 @@ class Mlfeu:
 
     Presets. "paper": 256 px, 32 channels and a neck that makes 12.3 million weights, the count that the comparing paper
     prints; noise and rate of Kascenas et al. in 500 epochs (3,500 steps for 100 images, theirs were 67,200).
-    "default" fits 100 images of 256 px in under 5 minutes on 2 cores: half the edge, half the channels, 30 epochs in
+    "default" is meant to fit 100 images of 256 px in minutes on 2 cores: half the edge, half the channels, 30 epochs in
     batches of 4, for as many steps as possible, at a higher rate that falls along a cosine, since the last epoch
-    counts. "quick" halves the channels again and takes 12 epochs, under a minute.
+    counts. "quick" halves the channels again and takes 12 epochs.
 
     Deviation from Kascenas et al.: squared error and map on all pixels, not on the foreground only (not every image has
     a background); smoothing by a Gaussian in place of a median; the foreground follows each image's own range, and
@@ -172,11 +172,11 @@ class Mlfeu:
     def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
         """Scores from grey images, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
-        size, maps = (self.config.size, self.config.size), []
+        maps = []
         with evaluating(self.module):
             for images in self._portions(prepared["grey"]):
                 judged = self.objective.judge(self.network, images)
-                maps.append(F.interpolate(judged, size=size, mode="bilinear", align_corners=False)[:, 0])
+                maps.append(to_pixels(judged[:, 0], self.config.size))
             smoothed = smooth(torch.cat(maps), self.config.sigma)
             return Scores(smoothed, top_mean(smoothed, self.config.top_fraction))
 

@@ -71,10 +71,9 @@ class Rd4ad:
     "position" has one per position, as the publication describes it, averaged.
 
     Presets. "paper": the published constants, Adam at 0.005 with betas 0.5 and 0.999, 200 epochs in batches of 16.
-    "default" fits 100 images of 256 px in some 5 minutes on 2 cores: 30 epochs, in batches of 8 for more steps (390
-    instead of 1,400), at 0.002, falling along a cosine since the last epoch counts. "quick" reduces the images to
-    128 px before both networks, a third of the cost of a step, and takes 10 epochs at 0.005: under a minute.
-    An image of 256 px costs 0.12 s of one core per step, of 128 px 0.04 s (measured).
+    "default" is meant to fit 100 images of 256 px in minutes on 2 cores: 30 epochs, in batches of 8 for more steps
+    (390 instead of 1,400), at 0.002, falling along a cosine since the last epoch counts. "quick" reduces the images to
+    128 px before both networks and takes 10 epochs at 0.005.
 
     Deviation: ResNet18 by default instead of WideResNet50, which is not among the backbones.
     Deviation: the last epoch counts; the official code tests every 10 epochs.

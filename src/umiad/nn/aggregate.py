@@ -70,18 +70,17 @@ class SigmoidGate(RawGate):
 
 
 class SqueezeGate(RawGate):
-    """Squeeze and excitation (Hu et al., CVPR 2018): GAP, C -> C/4 -> C, sigmoid."""
+    """Squeeze and excitation (Hu et al., CVPR 2018): GAP, C -> C / `reduction` -> C, sigmoid."""
 
     initial_std: ClassVar[float] = 0.0
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = _DEEP, *, reduction: int = 4) -> None:
         super().__init__()
-        self.excite = nn.Sequential(
-            nn.Conv2d(_DEEP, _DEEP // 4, 1), nn.ReLU(), nn.Conv2d(_DEEP // 4, _DEEP, 1)
-        )
+        hidden = channels // reduction
+        self.excite = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1))
 
     def forward(self, f_cat: Tensor) -> Tensor:
-        """f_cat [B,512,h,w] -> gate [B,512,1,1]."""
+        """f_cat [B,C,h,w] -> gate [B,C,1,1]."""
         return torch.sigmoid(self.excite(super().forward(f_cat)))
 
 

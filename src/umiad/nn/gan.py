@@ -31,7 +31,7 @@ class ResidualBlock(nn.Module):
 
     `up`: [B,c,h,w] -> [B,out,2h,2w], each cell being repeated before the first convolution; else
     [B,c,h,w] -> [B,out,h/2,w/2], by 2x2 means after the second. Repeating cells or taking means, and the 3x3
-    convolution next to it, are run as one convolution of 4x4 cells with stride 2: the same sums, half the cost.
+    convolution next to it, are run as one convolution of 4x4 cells with stride 2: the same sums at less cost.
     """
 
     def __init__(self, channels: int, out: int, *, up: bool, norm: Norm) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from umiad.nn.aggregate import SqueezeGate
 from umiad.nn.encoder import grid, seeded
+from umiad.nn.fibres import neighbourhood
 
 LEVELS = 5
 """Levels of the U-Net; each but the first has half the cells along an edge and twice the channels of the one above."""
@@ -45,23 +47,7 @@ def _block(before: int, after: int) -> nn.Sequential:
 
 def high_pass(maps: Tensor) -> Tensor:
     """Maps [B,C,h,w] minus the mean of the 3x3 cells around each (of those that exist, at a border): no weights."""
-    return maps - F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
-
-
-class SqueezeGate(nn.Module):
-    """Maps [B,C,h,w] -> one weight in 0..1 per image and channel, [B,C,1,1]. Hu et al., CVPR 2018."""
-
-    def __init__(self, channels: int, *, reduction: int = 4) -> None:
-        super().__init__()
-        self.excite = nn.Sequential(
-            nn.Conv2d(channels, channels // reduction, 1),
-            nn.ReLU(),
-            nn.Conv2d(channels // reduction, channels, 1),
-        )
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """The weights."""
-        return torch.sigmoid(self.excite(maps.mean(dim=(2, 3), keepdim=True)))
+    return maps - neighbourhood(maps)
 
 
 class Enhancement(nn.Module):
