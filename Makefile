@@ -43,7 +43,7 @@ check: setup
 	$(BIN)/python -m pytest -q --doctest-modules src tests
 
 slow: setup
-	$(BIN)/python -m pytest -q -m 'slow or not slow' --timeout=1800 --reliability=benchmarks/results/reliability.json; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'slow or not slow' --timeout=1800 --reliability=benchmarks/results/reliability.json; \
 	  status=$$?; $(BIN)/python benchmarks/reliability_table.py && exit $$status
 
 bench: setup

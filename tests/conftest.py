@@ -20,7 +20,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if target := config.getoption("--reliability"):
+    target = config.getoption("--reliability")
+    if target and not hasattr(config, "workerinput"):  # with xdist, the process that hears of all tests
         config.pluginmanager.register(Recorder(config, Path(target)), PLUGIN)
 
 

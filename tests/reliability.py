@@ -250,7 +250,7 @@ class Collector:
         self.records[report.nodeid] = [value for key, value in report.user_properties if key == PROPERTY]
 
     def pytest_deselected(self, items: Iterable[Any]) -> None:
-        """Tests that this session leaves out, such as slow ones."""
+        """Tests that this session leaves out, such as slow ones; with xdist nobody is told of them."""
         self.left_out.update(item.nodeid for item in items)
 
     def tallies(self) -> dict[str, Tally]:

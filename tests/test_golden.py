@@ -21,6 +21,8 @@ from umiad.errors import ModelFileError
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 1e-5
+MAGNIFIED = {"medvit": 1e-4, "medvit-map": 1e-4}
+"""Answers that are multiples of float32 rounding (tests/test_determinism.py): 3e-5 from one processor to another."""
 FORMATS = {
     "model-1": "448d363f34bcd9199184a917713feb589ed9de42cb3144c42c8f0faf42cf1870",
 }
@@ -89,7 +91,7 @@ def test_M4_detectors_filled_by_a_recipe_answer_as_they_did(name):
     )
     assert found["tensors"] == expected["tensors"], changed
     for key in ("image_score", "map_mean", "map_std"):
-        assert found[key] == pytest.approx(expected[key], rel=TOLERANCE), key
+        assert found[key] == pytest.approx(expected[key], rel=MAGNIFIED.get(name, TOLERANCE)), key
 
 
 # ---- the steps from older formats to today's

@@ -129,7 +129,8 @@ def test_every_test_that_is_assigned_to_a_case_exists():
     assert set(ALSO) <= set(CASES)
 
 
-def test_a_session_writes_the_file_and_shows_the_totals(tmp_path):
+@pytest.mark.parametrize("spread", [[], ["-n", "2"]], ids=["alone", "two processes"])
+def test_a_session_writes_the_file_and_shows_the_totals(tmp_path, spread):
     for name in ("conftest.py", "reliability.py"):
         shutil.copy(TESTS / name, tmp_path)
     (tmp_path / "test_a.py").write_text(
@@ -141,7 +142,7 @@ def test_a_session_writes_the_file_and_shows_the_totals(tmp_path):
         "    assert n == 1\n"
     )
     words = ["-q", "-c", "/dev/null", "--rootdir", ".", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *words, "--reliability", "out/found.json"]
+    command = [sys.executable, "-m", "pytest", *words, *spread, "--reliability", "out/found.json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stdout + done.stderr
     found = json.loads((tmp_path / "out" / "found.json").read_text(encoding="utf-8"))

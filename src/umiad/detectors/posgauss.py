@@ -18,6 +18,7 @@ from umiad.nn.affine import spectrum
 from umiad.nn.encoder import BACKBONES, Pyramid
 from umiad.nn.fibres import join, neighbourhood, to_pixels
 from umiad.nn.precision import exact
+from umiad.nn.products import bmm_by_eights
 from umiad.scoring import maximum, smooth
 from umiad.types import Scores
 
@@ -87,7 +88,7 @@ class Gaussians(nn.Module):
     def squared_distance(self, fibres: Tensor) -> Tensor:
         """Squared Mahalanobis distances, [P,B,C] -> [P,B]."""
         centred = fibres - self.mean[:, None]
-        inside = torch.bmm(centred, self.whitener).square().sum(-1)
+        inside = bmm_by_eights(centred, self.whitener).square().sum(-1)
         return (centred.square().sum(-1) / self.floor[:, None] - inside).clamp_min(0)
 
 

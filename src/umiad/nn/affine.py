@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from umiad.nn.precision import exact
+from umiad.nn.products import bmm_by_eights
 
 RIDGE = 0.01
 """Ridge of the regression on the condition, as a multiple of the condition's mean variance."""
@@ -116,8 +117,8 @@ class AffineFlow(nn.Module):
             centred = centred - (c - self.mean) @ self.regression.mT
         y = centred @ self.whitener.mT
         each = y.transpose(0, 1)  # [P,B,C]
-        inside = torch.bmm(each, self.vectors) * self.gain[:, None]
-        u = each * self.floor.rsqrt()[:, None, None] + torch.bmm(inside, self.vectors.mT)
+        inside = bmm_by_eights(each, self.vectors) * self.gain[:, None]
+        u = each * self.floor.rsqrt()[:, None, None] + bmm_by_eights(inside, self.vectors.mT)
         return u.transpose(0, 1), self.log_det
 
     def fit(self, moments: TwinMoments, *, prior: float, epsilon: float) -> None:
