@@ -24,6 +24,8 @@ MIN_HEIGHT, MAX_EDGE = 256, 1024  # of one panel, in pixels; the second wins
 _BAR_WIDTH, _GAP, _BAR_HEIGHT = 16, 8, 128
 _PAPER, _INK, _TRUTH = (255, 255, 255), (32, 32, 32), (0, 230, 64)
 _OPACITY = 0.62
+PNG_LEVEL = 2
+"""zlib's level for pictures: a fifth of the time of its default, a seventh more bytes (BUSI)."""
 
 # Colours in OKLab (lightness, green-red, blue-yellow); lightness rises throughout, so that the order survives
 # in grey and for colour-blind readers. With a threshold the hue jumps from cold to warm at position 1/2.
@@ -155,7 +157,7 @@ def png_bytes(array: np.ndarray) -> bytes:
             "expected [H,W] of uint8, uint16 or bool, or [H,W,3] of uint8",
         )
     buffer = BytesIO()
-    PIL.Image.fromarray(np.ascontiguousarray(stored)).save(buffer, format="PNG")
+    PIL.Image.fromarray(np.ascontiguousarray(stored)).save(buffer, format="PNG", compress_level=PNG_LEVEL)
     return buffer.getvalue()
 
 

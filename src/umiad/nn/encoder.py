@@ -51,7 +51,8 @@ class Pyramid(nn.Module):
     images [B,3,S,S], float, ImageNet-normalised, S a multiple of 32 ->
     F1 [B,64,S/4,S/4], F2 [B,128,S/8,S/8], F3 [B,256,S/16,S/16], F4 [B,512,S/32,S/32], all >= 0. Those are
     ResNet18's and ResNet34's `channels`; ResNet50 has four times as many (see `BACKBONES`). No gradient flows back to
-    the images. Runs folded and channels-last (`umiad.nn.resnet.Folded`).
+    the images. Runs folded and channels-last (`umiad.nn.resnet.Folded`), in `dtype`, None = the weights' own; the maps
+    have the weights' own in any case. No state carries `dtype`.
 
     Layers deeper than `depth` (1 to 4) are not kept, and cannot be run; `state` may hold them.
 
@@ -81,6 +82,7 @@ class Pyramid(nn.Module):
                 self.add_module(name, part)
         self.requires_grad_(False)
         self.eval()
+        self.dtype: torch.dtype | None = None
         self._folded: tuple[object, Folded] | None = None
 
     def train(self, mode: bool = True) -> Pyramid:
@@ -100,8 +102,8 @@ class Pyramid(nn.Module):
         """The folded network, made anew whenever a weight has moved or changed."""
         held = [*self.parameters(), *self.buffers()]
         weights = tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in held)
-        if self._folded is None or self._folded[0] != weights:
-            self._folded = weights, Folded(self, depth=self.depth)
+        if self._folded is None or self._folded[0] != (weights, self.dtype):
+            self._folded = (weights, self.dtype), Folded(self, depth=self.depth, dtype=self.dtype)
         return self._folded[1]
 
 

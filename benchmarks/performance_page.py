@@ -1,0 +1,171 @@
+"""Render docs/performance.md and its plot from benchmarks/results/performance.json and speed_metrics.json.
+
+python benchmarks/performance.py --data ../shared/data --weights FILE       (`make bench`)
+python benchmarks/performance_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from figure_common import canvas
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, PLOT = ROOT / "docs" / "performance.md", ROOT / "docs" / "images" / "performance-growth.png"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure that is asked for: where it is found in the results, and what it may be at most."""
+
+    words: str
+    part: str
+    key: str
+    most: float
+    unit: str = "x R1"
+
+
+GOALS = (
+    Goal("`umiad score` on a folder, nothing written", "folder", "nothing written", 1.0),
+    Goal("8 arrays of 256 px from Python", "arrays", "8, over r1", 1.0),
+    Goal("8 arrays of 256 px from Python", "arrays", "8, over r2", 1.3, "x R2"),
+    Goal("one array of 256 px from Python", "arrays", "1, over r1", 1.2),
+    Goal("memory of scoring above the imports", "memory", "above the imports", 1000, "MB"),
+    Goal("fit of the default on the normal images of busi", "fitting", "seconds", 180, "s"),
+    Goal("`umiad --help`", "startup", "help", 0.3, "s"),
+    Goal("`umiad score` of one image, cold", "startup", "score one image", 3.0, "s"),
+)
+HEAD = """# Performance: where the time goes
+
+Made by `benchmarks/performance_page.py` from what `make bench` measured; nothing here is typed by hand but the words.
+Times are multiples of a reference that took turns with them in the same run: **R1** is the plain ResNet18 (all four
+layers, float32, PyTorch's default layout) on the same images in the same batches, **R2** the fastest float32 form of
+it that we know (BatchNorm folded, channels-last). So a figure says how far a task is from the bare encoder, on any
+machine; seconds are of the machine that measured."""
+BUFFERED = "Reading runs ahead in a thread of its own, so its stage is hidden where a second core is free."
+READING_GROWTH = """Cost as a power of the number, least squares of the logarithms: an exponent of 1 means
+that twice as many cost twice as much. Below 1 there is a part that does not grow; the edge in pixels would have 2 if
+only pixels counted."""
+
+
+def load(name: str) -> Any:
+    """A committed result, or an empty one."""
+    path = RESULTS / name
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def page(found: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of the whole page; parts that were not measured say so."""
+    parts = [HEAD, "## Asked for and reached", _goals(found, metrics)]
+    parts += ["## Stages of scoring", _stages(found), "## Growth", _growth(found), "## How it was measured"]
+    return "\n\n".join([*parts, _facts(found)]) + "\n"
+
+
+def _goals(found: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    rows = [("what", "reached", "asked for")]
+    for goal in GOALS:
+        value = found.get(goal.part, {}).get("values", {}).get(goal.key)
+        rows.append((goal.words, _number(value, goal.unit), f"at most {goal.most:g} {goal.unit}"))
+    for each in metrics:
+        reached = f"{each['seconds']:g} s, {each['peak_gb']:g} GB"
+        asked = " and ".join(
+            f"{each[key]:g} {unit}"
+            for key, unit in (("goal_seconds", "s"), ("goal_gb", "GB"))
+            if each.get(key)
+        )
+        rows.append((str(each["what"]), reached, f"at most {asked}" if asked else "-"))
+    beside = found.get("folder", {}).get("values", {})
+    if "maps and pictures" in beside:
+        rows.append(
+            ("the same folder with maps and pictures", _number(beside["maps and pictures"], "x R1"), "-")
+        )
+    return _table(rows)
+
+
+def _stages(found: Mapping[str, Any]) -> str:
+    values = found.get("stages", {}).get("values")
+    if values is None:
+        return "Not measured yet: `make bench`."
+    rows = [
+        ("stage, one image", "x R1"),
+        *((name, f"{value:.2f}") for name, value in values.items() if name != "r2"),
+    ]
+    note = f"R2 is {values['r2']:.2f} of R1 here. {BUFFERED}"
+    return f"{_table(rows)}\n\n{note}"
+
+
+def _growth(found: Mapping[str, Any]) -> str:
+    values = found.get("growth", {}).get("values")
+    if values is None:
+        return "Not measured yet: `make bench`."
+    rows = [("number of", "from", "to", "cost of the largest, smallest = 1", "exponent")]
+    for name, law in values.items():
+        ends = list(law["points"])
+        rows.append((name, ends[0], ends[-1], f"{law['points'][ends[-1]]:.1f}", f"{law['exponent']:.2f}"))
+    return f"{READING_GROWTH}\n\n{_table(rows)}\n\n![growth of costs](images/{PLOT.name})"
+
+
+def _facts(found: Mapping[str, Any]) -> str:
+    rows = [("part", "images", "threads", "turns", "weights", "torch", "commit")]
+    for name, each in found.items():
+        facts = each["facts"]
+        rows.append(
+            (name, *(str(facts[key]) for key in ("images", "threads", "turns", "weights", "torch", "commit")))
+        )
+    return _table(rows)
+
+
+def _number(value: float | None, unit: str) -> str:
+    return (
+        "not measured yet"
+        if value is None
+        else f"{value:.3g} {unit}"
+        if value < 100
+        else f"{value:.0f} {unit}"
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    header, *body = rows
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(each)} |" for each in lines)
+
+
+def plot(found: Mapping[str, Any]) -> None:
+    """docs/images/performance-growth.png: cost against number, both logarithmic."""
+    values = found.get("growth", {}).get("values")
+    if values is None:
+        return
+    figure = canvas(720, 480)
+    axes = figure.subplots()
+    for name, law in values.items():
+        x = [float(key) for key in law["points"]]
+        axes.loglog(
+            [each / x[0] for each in x],
+            list(law["points"].values()),
+            "o-",
+            label=f"{name} ({x[0]:g} to {x[-1]:g})",
+        )
+    ends = axes.get_xlim()
+    axes.loglog(ends, ends, ":", color="0.5", label="in proportion")
+    axes.set(xlabel="multiple of the smallest number", ylabel="multiple of its cost")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3, which="both")
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT)
+
+
+def main() -> None:
+    """Write the page and the plot."""
+    found = load("performance.json")
+    PAGE.write_text(page(found, load("speed_metrics.json") or []), encoding="utf-8")
+    plot(found)
+
+
+if __name__ == "__main__":
+    main()
