@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umiad.errors import ConfigError, InputError, UmiadError
+from umiad.regions import region_weights
 
 Array = NDArray[Any]
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -115,17 +116,6 @@ def measure(compute: Callable[[], float]) -> Measure:
         return Measure(None, error.reason)
 
 
-def region_weights(mask: NDArray[np.bool_]) -> tuple[NDArray[np.float64], int]:
-    """Mask [H,W] -> 1 / area of the 8-connected region of each True pixel (C order), and their number."""
-    from scipy import ndimage
-
-    if not mask.any():
-        return np.zeros(0), 0
-    regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
-    number = regions[mask]
-    return 1.0 / np.bincount(number)[number], int(count)
-
-
 def rank_pixels(maps: Any, masks: Any) -> Ranking:
     """Rank the pixels of maps [N,H,W] (finite, higher = more anomalous) against masks [N,H,W].
 
@@ -154,17 +144,22 @@ def _rank(negative: Array, positive: Array, weights: NDArray[np.float64]) -> Ran
         at_least=len(negative) - np.searchsorted(negative, ascending, side="left")[::-1],
         overlap=np.cumsum(weights[order])[last],
         n_negative=len(negative),
-        grid=np.union1d(_quantiles(negative, GRID_NEGATIVE), _quantiles(positive[::-1], GRID_POSITIVE)),
+        grid=np.union1d(
+            negative[quantile_ranks(len(negative), GRID_NEGATIVE)],
+            positive[::-1][quantile_ranks(len(positive), GRID_POSITIVE)],
+        ),
     )
 
 
-def _quantiles(ascending: Array, count: int) -> Array:
-    if len(ascending) <= count:
-        return ascending
-    return ascending[np.linspace(0, len(ascending) - 1, count).round().astype(np.int64)]
+def quantile_ranks(total: int, count: int) -> NDArray[np.int64]:
+    """At most `count` ranks, evenly spaced in 0 .. total - 1, both ends included; all of them where they fit."""
+    if total <= count:
+        return np.arange(total)
+    return np.linspace(0, total - 1, count).round().astype(np.int64)
 
 
-def _require(n_positive: int, n_negative: int, *, unit: str = "pixel") -> None:
+def require_both(n_positive: int, n_negative: int, *, unit: str = "pixel") -> None:
+    """Raise UndefinedMetric when there is no positive, or no negative."""
     if not n_positive:
         raise UndefinedMetric(f"no abnormal {unit} among the test images")
     if not n_negative:
@@ -201,7 +196,7 @@ def _thin(rates: Array, heights: Array) -> Curve:
 
 def ranked_auroc(ranking: Ranking) -> float:
     """Probability that a positive outranks a negative, ties counting half (Mann-Whitney)."""
-    _require(ranking.n_positive, ranking.n_negative)
+    require_both(ranking.n_positive, ranking.n_negative)
     new = np.diff(ranking.hits, prepend=0)
     doubled = int(np.sum(new * (2 * ranking.n_negative - ranking.above - ranking.at_least)))
     return doubled / (2 * ranking.n_positive * ranking.n_negative)
@@ -209,15 +204,15 @@ def ranked_auroc(ranking: Ranking) -> float:
 
 def ranked_ap(ranking: Ranking) -> float:
     """Average precision: sum over thresholds of recall step times precision (as scikit-learn)."""
-    _require(ranking.n_positive, ranking.n_negative)
+    require_both(ranking.n_positive, ranking.n_negative)
     new = np.diff(ranking.hits, prepend=0)
     return float(np.sum(new * (ranking.hits / (ranking.hits + ranking.at_least))) / ranking.n_positive)
 
 
 def ranked_aupro(ranking: Ranking, *, fpr_limit: float = FPR_LIMIT) -> float:
     """Area under overlap against false-positive rate up to `fpr_limit`, divided by `fpr_limit`."""
-    _check_limit(fpr_limit)
-    _require(ranking.n_positive, ranking.n_negative)
+    check_limit(fpr_limit)
+    require_both(ranking.n_positive, ranking.n_negative)
     rates, heights = _cut(*_vertices(ranking), fpr_limit)
     return float(np.trapezoid(heights, rates)) / fpr_limit
 
@@ -227,7 +222,7 @@ def ranked_f1(ranking: Ranking) -> dict[str, float]:
 
     `score > threshold` is the best segmentation; of equally good ones the one with fewest pixels.
     """
-    _require(ranking.n_positive, ranking.n_negative)
+    require_both(ranking.n_positive, ranking.n_negative)
     dice = 2 * ranking.hits / (ranking.n_positive + ranking.hits + ranking.at_least)
     best = int(np.argmax(dice))
     hits, false = int(ranking.hits[best]), int(ranking.at_least[best])
@@ -241,14 +236,15 @@ def ranked_f1(ranking: Ranking) -> dict[str, float]:
     }
 
 
-def _check_limit(fpr_limit: float) -> None:
+def check_limit(fpr_limit: float) -> None:
+    """Raise ConfigError unless the false-positive rate is in (0, 1]."""
     if not 0 < fpr_limit <= 1:
         raise ConfigError(f"fpr_limit {fpr_limit}, expected a rate above 0 and at most 1")
 
 
 def _ranked_images(scores: Any, labels: Any) -> tuple[Array, NDArray[np.bool_]]:
     scores, truth = checked(scores, labels, ndim=1, name="image scores and labels")
-    _require(int(truth.sum()), int((~truth).sum()), unit="image")
+    require_both(int(truth.sum()), int((~truth).sum()), unit="image")
     return scores.astype(np.float64), truth
 
 
@@ -278,7 +274,7 @@ def roc_points(scores: Any, labels: Any) -> Curve:
     """
     scores, truth = checked(scores, labels, ndim=1, name="scores and labels")
     ranking = _rank_alone(scores, truth)
-    _require(ranking.n_positive, ranking.n_negative, unit="case")
+    require_both(ranking.n_positive, ranking.n_negative, unit="case")
     return _thin(*_vertices(ranking))
 
 
@@ -312,15 +308,15 @@ def aupro(maps: Any, masks: Any, *, fpr_limit: float = FPR_LIMIT) -> float:
     Raises UndefinedMetric without a region or a normal pixel, InputError as `rank_pixels`, ConfigError when
     `fpr_limit` is not in (0, 1].
     """
-    _check_limit(fpr_limit)
+    check_limit(fpr_limit)
     return ranked_aupro(rank_pixels(maps, masks), fpr_limit=fpr_limit)
 
 
 def pro_curve(maps: Any, masks: Any, *, fpr_limit: float = FPR_LIMIT) -> Curve:
     """(false-positive rate, mean overlap) from 0 to `fpr_limit`, at most 1000 points. Raises as `aupro`."""
-    _check_limit(fpr_limit)
+    check_limit(fpr_limit)
     ranking = rank_pixels(maps, masks)
-    _require(ranking.n_positive, ranking.n_negative)
+    require_both(ranking.n_positive, ranking.n_negative)
     return _thin(*_cut(*_vertices(ranking), fpr_limit))
 
 
@@ -350,6 +346,11 @@ def pixel_rule(maps: Any, masks: Any, threshold: float) -> dict[str, Measure]:
         raise InputError("map threshold", "it is NaN, expected a number")
     counts = [pixel_counts(each, mask, threshold) for each, mask in zip(maps, masks, strict=True)]
     hits, false, positive = (sum(column) for column in zip((0, 0, 0), *counts, strict=True))
+    return counted_rule(hits, false, positive)
+
+
+def counted_rule(hits: int, false: int, positive: int) -> dict[str, Measure]:
+    """Precision, recall and Dice from the counts of true positives, false positives and positives."""
     return {
         "precision": _share(hits, hits + false, "no pixel lies above the threshold"),
         "recall": _share(hits, positive, "no abnormal pixel among the test images"),
@@ -385,7 +386,7 @@ def evaluate_maps(
     oracle_f1_recall, oracle_dice and oracle_threshold at the F1-best threshold (chosen on these masks).
     Raises InputError as `rank_pixels`, ConfigError when `fpr_limit` is not in (0, 1].
     """
-    _check_limit(fpr_limit)
+    check_limit(fpr_limit)
     found = ranked_measures(rank_pixels(maps, masks), fpr_limit=fpr_limit)
     if threshold is None:
         return found | {name: Measure(None, "no map threshold") for name in ("precision", "recall", "dice")}
