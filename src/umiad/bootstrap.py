@@ -4,13 +4,13 @@ Values are exact (`umiad.metrics`). Intervals are percentiles of resampled metri
 image a weight, so resampled image metrics are exact too; resampled pixel metrics come from counts per image
 at about 6000 quantile thresholds, with an error below 1e-3 (AUROC and AUPRO by construction: a step between
 neighbouring thresholds holds at most 1/4095 of the normal pixels), far below the width of any interval.
-Memory beside the inputs: about 150 kB per resample, whatever the number of images.
+Memory beside the inputs: about 150 kB per resample, and a few copies of the maps up to MAPS_AT_ONCE bytes; larger
+sets are streamed (`umiad.streamed_metrics`), with the same results and no copy, so that maps may lie in a file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,17 @@ from umiad.metrics import (
     Measure,
     as_array,
     checked,
+    counted_rule,
     det_ap,
     det_auroc,
     measure,
     pixel_counts,
-    pixel_rule,
     rank_pixels,
     ranked_measures,
-    region_weights,
 )
+from umiad.pixel_set import IMAGES_AT_ONCE, PixelSet, pixel_set
+from umiad.regions import region_weights
+from umiad.streamed_metrics import MAPS_AT_ONCE, PixelSummary, summarise_pixels
 
 Draws = dict[str, NDArray[np.float64]]
 """Metric -> its value in every resample; NaN where the resample leaves it undefined (dropped later)."""
@@ -44,17 +46,8 @@ RULE = ("precision", "recall", "dice")
 PIXEL = ("seg_auroc", "seg_ap", "seg_aupro", *RULE, "oracle_f1_precision", "oracle_f1_recall", "oracle_dice")
 """All pixel metrics; `oracle` ones at the F1-best threshold of the test masks (resampled: its own)."""
 NO_INTERVAL = "no interval: the normal or the abnormal images are one single group"
-IMAGES_AT_ONCE, RESAMPLES_AT_ONCE = 64, 64
+RESAMPLES_AT_ONCE = 64
 PERCENTILES = (2.5, 97.5)
-
-
-@dataclass(frozen=True, eq=False)
-class PixelSet:
-    """Maps and masks [N,H,W] of the images that count for pixel metrics; `rows` [N]: their places."""
-
-    maps: Array
-    masks: NDArray[np.bool_]
-    rows: NDArray[np.intp]
 
 
 def evaluate_scores(
@@ -95,6 +88,7 @@ def resample_scores(
     map_threshold: float | None = None,
     n_resamples: int = 1000,
     seed: int = 0,
+    summary: PixelSummary | None = None,
 ) -> tuple[dict[str, dict[str, Any]], Draws]:
     """Every metric of a test set: name -> {"value", "ci95": [lo, hi], "n_resamples", "reason"}, fractions.
 
@@ -104,7 +98,8 @@ def resample_scores(
     `image_scores`, `labels` [N] (1 = abnormal), `groups` [N] (patient or near-duplicate cluster; empty = its
     own), `maps` [N,H,W] or None, `masks` one [H,W] or None per image: an abnormal image without mask is left
     out of the pixel metrics, a normal one needs none. Keys: see DETECTION and PIXEL. What does not exist is
-    None with a reason; `n_resamples` counts the resamples behind the interval.
+    None with a reason; `n_resamples` counts the resamples behind the interval. `summary`: of the same maps and
+    masks, where it was made before.
 
     Raises InputError on unequal lengths, NaN, or a normal image with lesion pixels, ConfigError on a
     negative number of resamples.
@@ -115,14 +110,16 @@ def resample_scores(
     if n_resamples < 0:
         raise ConfigError(f"n_resamples {n_resamples}, expected 0 or more")
     scores = scores.astype(np.float64)
-    pixels, reason = _pixel_set(maps, masks, truth)
+    pixels, reason = pixel_set(maps, masks, truth)
     weights = resample_weights(truth, groups, n_resamples=n_resamples, rng=np.random.default_rng(seed))
     values = _image_values(scores, truth, image_threshold)
     draws = _image_draws(scores, truth, weights, threshold=image_threshold)
     if pixels is None:
         values |= {name: Measure(None, reason) for name in PIXEL}
     else:
-        pixel_values, pixel_draws = _pixel_results(pixels, weights[:, pixels.rows], threshold=map_threshold)
+        pixel_values, pixel_draws = _pixel_results(
+            pixels, weights[:, pixels.rows], threshold=map_threshold, summary=summary
+        )
         values |= pixel_values
         draws |= pixel_draws
     without = NO_INTERVAL if n_resamples and not len(weights) else None
@@ -231,67 +228,37 @@ def _rank_draws(scores: Array, truth: NDArray[np.bool_], weights: Array) -> Draw
 # Pixels
 
 
-def _pixel_set(
-    maps: Any, masks: Sequence[Any] | Array | None, truth: NDArray[np.bool_]
-) -> tuple[PixelSet | None, str]:
-    """The images that count for pixel metrics, or None and the reason why there are none."""
-    if maps is None:
-        return None, "no anomaly maps"
-    maps = as_array(maps)
-    given = [None] * len(truth) if masks is None else list(masks)
-    if len(maps) != len(truth) or len(given) != len(truth) or maps.ndim != 3:
-        found = f"maps of shape {list(maps.shape)} and {len(given)} masks"
-        raise InputError("anomaly maps", f"{found}, expected [N,H,W] and N masks for N = {len(truth)} images")
-    rows = np.array(
-        [row for row, mask in enumerate(given) if mask is not None or not truth[row]], dtype=np.intp
-    )
-    if not truth[rows].any():
-        return None, "no lesion masks"
-    united = np.zeros((len(rows), *maps.shape[1:]), dtype=bool)
-    for index, row in enumerate(rows):
-        if (mask := given[row]) is not None:
-            united[index] = _mask(mask, maps.shape[1:], row=int(row))
-    if (
-        wrong := [int(row) for row, mask in zip(rows, united, strict=True) if mask.any() and not truth[row]]
-    ) != []:
-        raise InputError("masks", f"image {wrong[0]} is labelled normal but its mask holds lesion pixels")
-    return PixelSet(maps if len(rows) == len(maps) else maps[rows], united, rows), ""
-
-
-def _mask(mask: Any, shape: tuple[int, ...], *, row: int) -> Array:
-    array = as_array(mask)
-    if array.shape != shape:
-        raise InputError(
-            "masks", f"mask {row} has shape {list(array.shape)}, its map {list(shape)}: expected equal"
-        )
-    if array.dtype != np.bool_ and not np.isin(array, (0, 1)).all():
-        raise InputError("masks", f"mask {row} holds other values than 0 and 1, expected bool or 0 and 1")
-    return array.astype(np.bool_)
-
-
 def _pixel_results(
-    pixels: PixelSet, weights: Array, *, threshold: float | None
+    pixels: PixelSet, weights: Array, *, threshold: float | None, summary: PixelSummary | None = None
 ) -> tuple[Mapping[str, Measure], Draws]:
-    """Exact values and resampled ones; `weights` [R,N] of the images in `pixels`."""
-    ranking = rank_pixels(pixels.maps, pixels.masks)
-    values = ranked_measures(ranking)
-    draws = _curve_draws(pixels, ranking.grid, weights) if len(weights) else {}
+    """Exact values and resampled ones; `weights` [R,n] of the images that count in `pixels`."""
+    if summary is None and pixels.nbytes > MAPS_AT_ONCE:
+        summary = summarise_pixels(pixels.parts)
+    if summary is None:
+        ranking = rank_pixels(*pixels.whole())
+        values, grid = ranked_measures(ranking), ranking.grid
+    else:
+        values, grid = summary.measures, summary.grid
+    draws = _curve_draws(pixels, grid, weights) if len(weights) else {}
     if threshold is None:
         return values | {name: Measure(None, "no map threshold") for name in RULE}, draws
-    values |= pixel_rule(pixels.maps, pixels.masks, threshold)
-    return values, draws | _rule_draws(pixels, weights, threshold)
+    rule, rule_draws = _rule(pixels, weights, threshold)
+    return values | rule, draws | rule_draws
 
 
-def _rule_draws(pixels: PixelSet, weights: Array, threshold: float) -> Draws:
-    """Precision, recall and Dice at a fixed threshold; exact."""
-    pairs = zip(pixels.maps, pixels.masks, strict=True)
-    counts = np.array([pixel_counts(each, mask, threshold) for each, mask in pairs], dtype=float)
-    hits, false, positive = (weights @ counts).T
-    return {
+def _rule(pixels: PixelSet, weights: Array, threshold: float) -> tuple[dict[str, Measure], Draws]:
+    """Precision, recall and Dice at a fixed threshold, and resampled; both exact."""
+    if np.isnan(threshold):
+        raise InputError("map threshold", "it is NaN, expected a number")
+    pairs = (pair for part in pixels.parts() for pair in zip(*part, strict=True))
+    counts = np.array([pixel_counts(each, mask, threshold) for each, mask in pairs], dtype=np.int64)
+    hits, false, positive = (weights @ counts.astype(float)).T
+    draws = {
         "precision": _ratio(hits, hits + false),
         "recall": _ratio(hits, positive),
         "dice": _ratio(2 * hits, hits + false + positive),
     }
+    return counted_rule(*counts.sum(axis=0).tolist()), draws
 
 
 def image_curve(anomaly_map: Array, mask: NDArray[np.bool_], grid: Array) -> tuple[Array, int]:
@@ -313,8 +280,8 @@ def _curve_draws(pixels: PixelSet, grid: Array, weights: Array) -> Draws:
     """Resampled metrics without threshold, from weighted sums of the images' curves."""
     totals = np.zeros((len(weights), 3 * len(grid)))
     regions = np.zeros(len(weights))
-    for rows in _chunks(len(pixels.maps), IMAGES_AT_ONCE):
-        pairs = zip(pixels.maps[rows], pixels.masks[rows], strict=True)
+    for rows, part in zip(_chunks(len(pixels), IMAGES_AT_ONCE), pixels.parts(), strict=True):
+        pairs = zip(*part, strict=True)
         curves, counts = zip(*(image_curve(each, mask, grid) for each, mask in pairs), strict=True)
         totals += weights[:, rows] @ np.stack(curves).reshape(len(curves), -1)
         regions += weights[:, rows] @ np.array(counts, dtype=float)

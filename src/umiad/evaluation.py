@@ -16,9 +16,12 @@ from umiad.duplicates import CaseHashes
 from umiad.errors import InputError
 from umiad.fitted import FittedModel
 from umiad.fitting import Data, Reporter, Silent, as_dataset, usable_images
-from umiad.metrics import UndefinedMetric, pro_curve, roc_points
+from umiad.metrics import Curve, UndefinedMetric, pro_curve, roc_points
+from umiad.pixel_set import pixel_set
 from umiad.preprocess import resize_mask
+from umiad.rows import Rows
 from umiad.scoring import common
+from umiad.streamed_metrics import MAPS_AT_ONCE, PixelSummary, summarise_pixels
 from umiad.types import ABNORMAL, NORMAL, Case, FileOptions, Image, Scores
 
 EXAMPLES = 6
@@ -96,20 +99,17 @@ class ScoredTest:
 
     def common(self, *, smoothed: float) -> ScoredTest:
         """The same under the common post-processing; `smoothed`: see `umiad.scoring.common`."""
-        parts = [
-            common(
-                Scores(
-                    torch.from_numpy(self.maps[k : k + 32]), torch.from_numpy(self.image_scores[k : k + 32])
-                ),
-                smoothed=smoothed,
+        maps = Rows(len(self.maps), self.maps.shape[1:], self.maps.dtype, memory_limit=MAPS_AT_ONCE)
+        scores = []
+        for k in range(0, len(self.maps), 32):
+            own = Scores(
+                torch.from_numpy(self.maps[k : k + 32]), torch.from_numpy(self.image_scores[k : k + 32])
             )
-            for k in range(0, len(self.maps), 32)
-        ]
-        return replace(
-            self,
-            image_scores=torch.cat([part.image_score for part in parts]).double().numpy(),
-            maps=torch.cat([part.anomaly_map for part in parts]).numpy(),
-        )
+            part = common(own, smoothed=smoothed)
+            scores.append(part.image_score)
+            for each in part.anomaly_map.numpy():
+                maps.append(each)
+        return replace(self, image_scores=torch.cat(scores).double().numpy(), maps=maps.array())
 
 
 def evaluate_model(
@@ -158,6 +158,7 @@ def judge(
     reporter = reporter or Silent()
     calibration = model.config.calibration
     reporter.stage("metrics", 0, 1)
+    summary = _summary(test)
     metrics, draws = resample_scores(
         test.image_scores,
         test.labels,
@@ -168,7 +169,9 @@ def judge(
         map_threshold=calibration.map_threshold if calibration else None,
         n_resamples=n_resamples,
         seed=seed,
+        summary=summary,
     )
+    roc, pro = _curves(test, summary)
     reporter.stage("metrics", 1, 1)
     best, worst = _examples(test.cases, test.image_scores)
     return Evaluation(
@@ -177,8 +180,8 @@ def judge(
         provenance={**model.info, "test_part": test.rule, "bootstrap_seed": seed},
         notes=test.notes,
         cases=tuple(_results(model, test)),
-        roc=_roc(test.image_scores, test.labels, test.maps, test.masks),
-        pro=_pro(test.maps, test.masks),
+        roc=roc,
+        pro=pro,
         best=best,
         worst=worst,
         draws=draws,
@@ -226,23 +229,31 @@ def _test_part(
 def score_cases(
     model: FittedModel, cases: Sequence[Case], *, reporter: Reporter | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
-    """Image scores [N], maps [N,S,S] and masks (None where an abnormal case has none)."""
+    """Image scores [N], maps [N,S,S] and masks (None where an abnormal case has none).
+
+    More maps than MAPS_AT_ONCE bytes lie in a temporary file, and so do their masks. Raises DiskError when it is full.
+    """
     reporter = reporter or Silent()
     size = model.config.preprocessing.size
     scores = np.empty(len(cases))
-    maps = np.empty((len(cases), size, size), dtype=np.float32)
-    masks: list[np.ndarray | None] = []
+    maps = Rows(len(cases), (size, size), np.float32, memory_limit=MAPS_AT_ONCE)
+    drawn = Rows(len(cases), (size, size), np.bool_, memory_limit=MAPS_AT_ONCE // maps.itemsize)
+    known: list[bool] = []
 
     def images() -> Iterator[Image]:
         own = [replace(each, reading=model.config.preprocessing.reading) for each in cases]
         for case, image in zip(own, usable_images(own), strict=True):
-            masks.append(case_mask(case, image, size))
+            mask = case_mask(case, image, size)
+            known.append(mask is not None)
+            drawn.append(np.zeros((size, size), dtype=bool) if mask is None else mask)
             yield image
 
     for row, (_, score, small_map) in enumerate(model.score_images(images())):
-        scores[row], maps[row] = score, small_map
+        scores[row] = score
+        maps.append(small_map)
         reporter.stage("scoring", row + 1, len(cases))
-    return scores, maps, masks
+    masks = [mask if has else None for mask, has in zip(drawn.array(), known, strict=True)]
+    return scores, maps.array(), masks
 
 
 def case_mask(case: Case, image: Image, size: int) -> np.ndarray | None:
@@ -286,23 +297,33 @@ def _judged(maps: np.ndarray, masks: Sequence[np.ndarray | None]) -> tuple[np.nd
     return (maps if len(rows) == len(maps) else maps[rows]), np.stack(chosen)
 
 
-def _roc(
-    scores: np.ndarray, labels: np.ndarray, maps: np.ndarray, masks: Sequence[np.ndarray | None]
-) -> dict[str, tuple[list[float], list[float]]]:
-    if len(set(labels.tolist())) < 2:
-        return {}
-    curves = {"images": _listed(roc_points(scores, labels))}
-    if (judged := _judged(maps, masks)) is not None:
-        curves["pixels"] = _listed(roc_points(judged[0].ravel(), judged[1].ravel()))
-    return curves
+def _summary(test: ScoredTest) -> PixelSummary | None:
+    """Pixel metrics in bounded memory; None where the maps are few enough to be ranked at once, or have no lesion."""
+    pixels, _ = pixel_set(test.maps, test.masks, test.labels == ABNORMAL)
+    return summarise_pixels(pixels.parts) if pixels is not None and pixels.nbytes > MAPS_AT_ONCE else None
 
 
-def _pro(maps: np.ndarray, masks: Sequence[np.ndarray | None]) -> tuple[list[float], list[float]] | None:
-    judged = _judged(maps, masks)
-    if judged is None:
-        return None
+def _curves(
+    test: ScoredTest, summary: PixelSummary | None
+) -> tuple[dict[str, tuple[list[float], list[float]]], tuple[list[float], list[float]] | None]:
+    """ROC of images and of pixels, and PRO, for drawing; those that exist."""
+    two = len(set(test.labels.tolist())) == 2
+    roc = {"images": _listed(roc_points(test.image_scores, test.labels))} if two else {}
+    if summary is not None:
+        pixels, pro = summary.roc, summary.pro
+    elif (judged := _judged(test.maps, test.masks)) is None:
+        pixels = pro = None
+    else:
+        pixels = roc_points(judged[0].ravel(), judged[1].ravel()) if two else None
+        pro = _pro(*judged)
+    if two and pixels is not None:
+        roc["pixels"] = _listed(pixels)
+    return roc, None if pro is None else _listed(pro)
+
+
+def _pro(maps: np.ndarray, masks: np.ndarray) -> Curve | None:
     try:
-        return _listed(pro_curve(*judged))
+        return pro_curve(maps, masks)
     except UndefinedMetric:
         return None
 

@@ -153,8 +153,9 @@ class _Curve:
         self._areas = add_counts(self._areas, tie.areas)
         if n_positive:
             counts = (self._hits + n_positive, self._false, self._false + tie.n_negative)
+            hits, above, at_least = (np.array([each]) for each in counts)
             overlap = np.array([self._covered() / self._totals.n_regions])
-            self._extend(_Vertices(tie.key, *(np.array([each]) for each in counts), overlap))
+            self._extend(_Vertices(tie.key, hits, above, at_least, overlap))
         self._false += tie.n_negative
 
     def _covered(self) -> float:
