@@ -47,6 +47,7 @@ class FittedModel:
     """What users hold after `fit` or `load`. Higher scores = more anomalous; scores are no probabilities.
 
     `model.score(x)` gives one `Finding` per image, `model.save(path)` writes it, `model.info` describes it.
+    `manifest_sha256` is that of the folder it was loaded from, "" for a model that was not loaded.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class FittedModel:
         self.config = config
         self.split = split
         self.extras = dict(extras or {})
+        self.manifest_sha256 = ""
 
     def __repr__(self) -> str:
         facts = ", ".join(f"{key}={value}" for key, value in self.info.items() if value is not None)
@@ -213,4 +215,6 @@ def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) ->
         raise ModelFileError(f"{Path(path) / CONFIG}: {error}") from error
     except InputError as error:
         raise ModelFileError(f"{path}: {error}") from error
-    return FittedModel(detector, config, split, extras=saved.extras)
+    model = FittedModel(detector, config, split, extras=saved.extras)
+    model.manifest_sha256 = saved.manifest_sha256
+    return model

@@ -57,17 +57,23 @@ def read(path: Path, *, sha256: str | None = None) -> dict[str, Any]:
     Raises:
         ModelFileError: no manifest, none of ours, another format, unsafe names, or too large.
     """
+    return read_hashed(path, sha256=sha256)[0]
+
+
+def read_hashed(path: Path, *, sha256: str | None = None) -> tuple[dict[str, Any], str]:
+    """The manifest and the SHA-256 (hex) of the very bytes it was read from. Raises as `read` does."""
     if not os.path.lexists(path):
         raise ModelFileError(f"{path}: not there, expected in every saved model; is {path.parent} one?")
     content = diskfile.read_regular(path, limit=MAX_JSON_BYTES, follow_links=False)
-    if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256:
         raise ModelFileError(f"{path}: SHA-256 is {found}, expected {sha256}: not the model that was pinned")
     manifest = strictjson.load_object(content, source=str(path))
     if manifest.get("kind") != KIND:
         raise ModelFileError(f"{path}: not a manifest of umiad (its 'kind' is not {KIND!r})")
     _check_format(manifest, source=str(path))
     _check_files(manifest.get("files"), source=str(path))
-    return manifest
+    return manifest, found
 
 
 def read_listed(folder: Path, manifest: Mapping[str, Any]) -> dict[str, bytes]:

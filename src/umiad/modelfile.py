@@ -34,7 +34,7 @@ class SavedModel:
     """What a model folder holds, checked: plain values and tensors on the CPU.
 
     `config` and `split` are JSON objects whose meaning is the caller's duty to check; `extras` are further
-    files (name -> content) such as a training log.
+    files (name -> content) such as a training log; `manifest_sha256` is that of the manifest as it was read.
     """
 
     path: Path
@@ -44,6 +44,7 @@ class SavedModel:
     manifest: dict[str, Any]
     card: str
     extras: dict[str, bytes] = field(default_factory=dict)
+    manifest_sha256: str = ""
 
 
 Migration: TypeAlias = Callable[[SavedModel], SavedModel]
@@ -139,7 +140,7 @@ def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) ->
         ModelFileError: anything else; names the file, what was found and what was expected.
     """
     folder = _existing(Path(path))
-    manifest = manifests.read(folder / MANIFEST, sha256=manifest_sha256)
+    manifest, digest = manifests.read_hashed(folder / MANIFEST, sha256=manifest_sha256)
     files = manifests.read_listed(folder, manifest)
     try:
         card = files.pop(CARD).decode("utf-8")
@@ -153,6 +154,7 @@ def load(path: str | os.PathLike[str], *, manifest_sha256: str | None = None) ->
         manifest=manifest,
         card=card,
         extras=files,
+        manifest_sha256=digest,
     )
     return _migrated(saved)
 

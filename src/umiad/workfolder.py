@@ -92,11 +92,12 @@ class FolderLock:
     The operating system gives the lock back when its holder ends in whatever way, so that a file left behind
     by a dead process locks nobody out, two processes cannot both take it over, and a process number that is
     in use again does not count. A file that names another host is respected, since locks may not reach that
-    far. Where a file system knows no locks, the process number decides.
+    far. Where a file system knows no locks, the process number decides. `job` is what others are told is running.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, job: str = "fit") -> None:
         self.path = folder / LOCK
+        self._job = job
         self._handle: int | None = None
 
     def acquire(self) -> str:
@@ -135,7 +136,7 @@ class FolderLock:
         self._close()
         raise InputError(
             self.path.parent,
-            f"another fit is running there (process and host: {owner or 'not known yet'})",
+            f"another {self._job} is running there (process and host: {owner or 'not known yet'})",
             f"wait for it, or delete {self.path} if you are sure that it has ended",
         )
 
