@@ -3,70 +3,53 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
-from umiad.cases import Aliases
-from umiad.data import list_images
-from umiad.errors import DiskError, InputError
+from umiad.cases import alias_of
+from umiad.errors import ConfigError, DiskError, InputError
+from umiad.filerecord import FileRecord, ImageRecord, Names, by_index
 from umiad.fitted import FittedModel
 from umiad.fitting import Reporter, Silent
-from umiad.io import READABLE, open_frames, pool
-from umiad.outputs import Outputs, Volume, Writer, without_map
+from umiad.io import open_frames, pool
+from umiad.journal import UNFINISHED, Journal, Memory, Naming, ShardFacts, shard_folder, whole
+from umiad.outputs import Outputs, Volume, Writer, full_scale
 from umiad.preprocess import check_usable
-from umiad.report import score_page
-from umiad.types import FileOptions, Finding, Image, framed
+from umiad.scorebook import SCORES, Book, Summary
+from umiad.types import FileOptions, Image, framed
+from umiad.worklist import Shard, WorkList, find_work
 
 READ_AHEAD = 16
-PICTURES_IN_REPORT = 60
 MEGABYTE = 1_000_000
 DEFAULT_FILES = FileOptions(frames="all")
 
-__all__ = ["Outputs", "Summary", "score_files"]
+__all__ = ["Outputs", "Scorer", "ShardSummary", "Summary", "score_files"]
 
 
-@dataclass
-class Summary:
-    """What came of a scoring run; `skipped` are (file, reason), `volumes` a summary for each file of several frames.
-
-    `png16_full_scale`: the map value that 65535 stands for in 16-bit PNG maps (None for other formats).
-    `peak_memory`: megabytes that this process, and the largest decoding process, held at most (None where unknown).
-    """
+@dataclass(frozen=True)
+class ShardSummary:
+    """What came of one shard: its files and images, and `skipped` as in `Summary`; `aliased` of the files."""
 
     folder: Path
-    model: dict[str, str | int | float | None]
-    findings: list[Finding] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    volumes: list[dict[str, object]] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)
-    aliased: int = 0
-    png16_full_scale: float | None = None
-    peak_memory: tuple[int, int | None] | None = None
-
-    @property
-    def above(self) -> int:
-        """Images above the threshold."""
-        return sum(finding.above_threshold is True for finding in self.findings)
+    shard: Shard
+    files: int
+    images: int
+    skipped: tuple[tuple[str, str], ...]
+    aliased: int
 
     def to_json(self) -> dict[str, object]:
-        """Counts, skipped files and the model's provenance, as plain values."""
+        """The same as plain values."""
         return {
-            "model": self.model,
-            "scored": len(self.findings),
-            "above_threshold": self.above,
-            "without_threshold": sum(finding.above_threshold is None for finding in self.findings),
-            "png16_full_scale": self.png16_full_scale,
+            "shard": str(self.shard),
+            "files": self.files,
+            "scored": self.images,
             "skipped": [{"file": name, "reason": reason} for name, reason in self.skipped],
-            "volumes": self.volumes,
-            "peak_memory_mb": None if self.peak_memory is None else list(self.peak_memory),
         }
 
 
@@ -74,8 +57,9 @@ class Summary:
 class _Step:
     """What the reader has come to: an image, the end of a file (no image, no error), or an error."""
 
-    file: Path
+    index: int
     name: str
+    aliased: bool
     image: Image | None = None
     volume: Volume | None = None
     error: InputError | None = None
@@ -90,123 +74,182 @@ def score_files(
     files: FileOptions = DEFAULT_FILES,
     reporter: Reporter | None = None,
 ) -> Summary:
-    """Score every image among `paths` (files and folders) into the folder `out`.
+    """Score every image among `paths` into the folder `out`, from the start; see `Scorer.run`."""
+    return Scorer(model, outputs=outputs, files=files, reporter=reporter).run(paths, out)
 
-    Writes `scores.jsonl` (a line per image), `maps/`, `pictures/`, `summary.json` and `report.html`. A file of several
-    frames or slices is scored frame by frame and comes back as one map and one picture, of its highest frame.
-    `files.frames` chooses among frames; windows and axes are the model's. Unreadable files are skipped, named and
-    counted; of a volume that breaks off nothing is kept. Raises InputError when there is no image at all,
-    DiskError when the folder cannot be written.
+
+class Scorer:
+    """Scores files with one model and one set of options.
+
+    `files.frames` chooses among frames; windows and axes are the model's. A file of several frames or slices is scored frame by frame and comes back as one map and one picture, of its
+    highest frame. Unreadable files are skipped, named and counted; of a file that breaks off nothing is kept.
     """
-    outputs, reporter = outputs or Outputs(), reporter or Silent()
-    notes: list[str] = []
-    found, stray = list_images(paths, follow=files.follow, notes=notes)
-    if not found:
-        first = os.fspath(paths[0]) if paths else "paths"
-        raise InputError(first, "no images found", f"umiad reads {READABLE}")
-    if stray:
-        notes.append(f"{len(stray)} files are no images to score and were ignored: {stray[0].name}, ...")
-    for note in notes:
-        reporter.note(note)
-    summary = Summary(out, model.info)
-    writer = Writer(model, out, outputs)
-    summary.png16_full_scale = writer.full_scale if outputs.maps == "png16" else None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with (out / "scores.jsonl").open("w", encoding="utf-8") as lines:
-            run = _Run(model, writer, summary, lines, outputs.min_area)
-            steps = _ahead(_steps(found, model.file_options(files)))
-            for done in run.follow(steps):
-                reporter.stage("scoring", done, len(found))
-        summary.pictures = list(writer.pictures.values())
-        summary.peak_memory = _peak_memory()
-        text = json.dumps(summary.to_json(), indent=1, allow_nan=False)
-        (out / "summary.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise DiskError(f"{out}: cannot be written: {error}") from error
-    ranked = sorted(summary.findings, key=lambda finding: -finding.image_score)
-    shown = [each.name for each in ranked if each.name in writer.pictures][:PICTURES_IN_REPORT]
-    score_page(
-        out / "report.html",
-        findings=summary.findings,
-        pictures={name: writer.pictures[name].read_bytes() for name in shown},
-        skipped=summary.skipped,
-        provenance={key: str(value) for key, value in model.info.items() if value is not None},
-        limit=PICTURES_IN_REPORT,
-    )
-    return summary
-
-
-class _Run:
-    """Scores what the reader brings, in batches across files, and writes each file's results once it is whole."""
 
     def __init__(
-        self, model: FittedModel, writer: Writer, summary: Summary, lines: IO[str], min_area: int
+        self,
+        model: FittedModel,
+        *,
+        outputs: Outputs | None = None,
+        files: FileOptions = DEFAULT_FILES,
+        reporter: Reporter | None = None,
     ) -> None:
-        self._model, self._writer, self._summary = model, writer, summary
-        self._lines, self._min_area = lines, min_area
-        self._waiting: deque[_Step] = deque()
+        self._model, self._outputs = model, outputs or Outputs()
+        self._files, self._reporter = files, reporter or Silent()
 
-    def follow(self, steps: Iterator[_Step]) -> Iterator[int]:
-        """Yield the number of files that are done, after each step of the reader."""
-        done = 0
-        results = self._model.score_images(self._images(steps))
-        for image, value, small_map in itertools.chain(results, [(None, 0.0, None)]):
-            while self._waiting and self._waiting[0].image is None:
-                done += self._end(self._waiting.popleft())
-            if image is None or small_map is None:
-                break
-            step = self._waiting.popleft()
-            finding = self._model.finding(image, value, small_map, min_area=self._min_area)
-            if step.volume is not None:
-                step.volume.add(image, finding, small_map)
-            else:
-                self._write(finding, self._writer.image(image, finding))
-            yield done
-        yield done
+    def run(self, paths: Sequence[str | os.PathLike[str]], out: Path, *, resume: bool = False) -> Summary:
+        """Score every image among `paths` (files and folders) into the folder `out`.
 
-    def _images(self, steps: Iterator[_Step]) -> Iterator[Image]:
+        Writes `scores.jsonl` (a line per image), `maps/`, `pictures/`, `summary.json` and `report.html`; until these
+        are whole, `score.work/` holds what `resume` needs to go on after a run that was cut off. Raises InputError when
+        there is no image at all or another run works there, ConfigError when there is nothing to resume, DiskError
+        when the folder cannot be written.
+        """
+        if resume:
+            self._check_known("--resume")
+        work, names = self._find(paths), Names()
+        facts = self._facts(work, Shard())
+        journal = Journal(out / UNFINISHED, facts, resume=resume, on_note=self._reporter.note)
+        try:
+            with journal:
+                journal.keep(whole(journal.done, out, Names().of))
+                with (out / SCORES).open("w", encoding="utf-8") as lines:
+                    book = Book(out, facts, lines)
+                    for record in journal.done:
+                        book.add(record, *names.of(record))
+                    for record, name, stem in self._score(work, journal, out, names.of):
+                        book.add(record, name, stem)
+                book.summary.peak_memory = _peak_memory()
+                summary = book.finish()
+                journal.remove()
+        except OSError as error:
+            raise DiskError(f"{out}: cannot be written: {error}") from error
+        return summary
+
+    def run_shard(self, paths: Sequence[str | os.PathLike[str]], out: Path, shard: Shard) -> ShardSummary:
+        """Score one share of the images among `paths` into `out/shards/`, going on where an earlier start ended.
+
+        Every shard is to be given the same paths; `merging.merge_shards` makes one set of results of all. Raises as
+        `run` does, and ConfigError for a model that was not loaded from its folder.
+        """
+        self._check_known("--shard")
+        work = self._find(paths)
+        folder = shard_folder(out, shard)
+        journal = Journal(folder, self._facts(work, shard), resume=None, on_note=self._reporter.note)
+        try:
+            with journal:
+                journal.keep(whole(journal.done, folder, by_index))
+                records = list(journal.done)
+                records += [record for record, _, _ in self._score(work, journal, folder, by_index)]
+                journal.finish(_peak_memory())
+        except OSError as error:
+            raise DiskError(f"{folder}: cannot be written: {error}") from error
+        failed = [(record.name, *record.error) for record in records if record.error is not None]
+        return ShardSummary(
+            folder=folder,
+            shard=shard,
+            files=len(records),
+            images=sum(len(record.images) for record in records),
+            skipped=tuple((name, str(InputError(name, *why))) for name, *why in failed),
+            aliased=sum(record.aliased for record in records),
+        )
+
+    def _check_known(self, option: str) -> None:
+        if not self._model.manifest_sha256:
+            raise ConfigError(f"{option}: the model was not loaded from a folder; save it and load it first")
+
+    def _find(self, paths: Sequence[str | os.PathLike[str]]) -> WorkList:
+        notes: list[str] = []
+        work = find_work(paths, follow=self._files.follow, notes=notes)
+        for note in notes:
+            self._reporter.note(note)
+        return work
+
+    def _facts(self, work: WorkList, shard: Shard) -> ShardFacts:
+        outputs, calibration = self._outputs, self._model.config.calibration
+        return ShardFacts(
+            number=shard.number,
+            of=shard.of,
+            files=len(work.files),
+            list_sha256=work.sha256,
+            model_sha256=self._model.manifest_sha256,
+            options={
+                "pictures": outputs.pictures,
+                "maps": outputs.maps,
+                "min_area": outputs.min_area,
+                "frame": self._files.frames,
+                "show_names": self._files.show_names,
+            },
+            model=tuple(self._model.info.items()),
+            fpr=calibration.fpr if calibration else None,
+            png16_full_scale=full_scale(self._model) if outputs.maps == "png16" else None,
+        )
+
+    def _score(
+        self, work: WorkList, journal: Journal, root: Path, naming: Naming
+    ) -> Iterator[tuple[FileRecord, str, str]]:
+        """Score what `journal` has not; yield each file's record, name and stem once its results are written."""
+        own = journal.facts.shard.indices(len(work.files))
+        done, total = len(journal.done), len(own)
+        todo = [(index, work.files[index]) for index in own[done:]]
+        writer = Writer(self._model, root, self._outputs)
+        steps = _ahead(_steps(todo, self._model.file_options(self._files)))
+        for step in _finished(self._model, steps, self._outputs.min_area):
+            record = _record(step)
+            name, stem = naming(record)
+            if step.volume is not None and step.error is None:
+                record = writer.write(record, step.volume, stem)
+            journal.add(record)
+            yield record, name, stem
+            done += 1
+            self._reporter.stage("scoring", done, total)
+
+
+def _finished(model: FittedModel, steps: Iterator[_Step], min_area: int) -> Iterator[_Step]:
+    """The last step of every file, once its images are scored, in batches across files."""
+    waiting: deque[_Step] = deque()
+
+    def images() -> Iterator[Image]:
         for step in steps:
-            self._waiting.append(step)
+            waiting.append(step)
             if step.image is not None:
                 yield step.image
 
-    def _write(self, finding: Finding, named: dict[str, str | None]) -> None:
-        self._lines.write(json.dumps({**finding.to_json(), **named}, allow_nan=False) + "\n")
-        self._summary.findings.append(without_map(finding))
-
-    def _end(self, step: _Step) -> int:
-        """A file's end: its volume is written, or its error noted."""
-        self._summary.aliased += step.name != str(step.file)
-        if step.error is not None:
-            shown = InputError(step.name, step.error.reason, step.error.hint)
-            self._summary.skipped.append((step.name, str(shown)))
-        elif step.volume is not None:
-            named = self._writer.volume(step.volume)
-            for finding in step.volume.findings:
-                own = named["picture"] if finding.name in self._writer.pictures else None
-                self._write(finding, {"map": named["map"], "picture": own})
-            self._summary.volumes.append(_volume_facts(step.volume, named, self._model))
-        return 1
+    for image, value, small_map in itertools.chain(model.score_images(images()), [(None, 0.0, None)]):
+        while waiting and waiting[0].image is None:
+            yield waiting.popleft()
+        if image is None or small_map is None:
+            break
+        volume = waiting.popleft().volume
+        if volume is not None:
+            volume.add(image, model.finding(image, value, small_map, min_area=min_area), small_map)
 
 
-def _steps(files: Sequence[Path], options: FileOptions) -> Iterator[_Step]:
+def _record(step: _Step) -> FileRecord:
+    """What is known of a file before its results are written."""
+    record = FileRecord(step.index, step.name, step.aliased)
+    if step.error is not None:
+        return replace(record, error=(step.error.reason, step.error.hint))
+    if step.volume is None:
+        return record
+    images = tuple(ImageRecord.of(finding) for finding in step.volume.findings)
+    return replace(record, frames=step.volume.count, images=images)
+
+
+def _steps(files: Iterable[tuple[int, Path]], options: FileOptions) -> Iterator[_Step]:
     """Read file after file, image after image."""
-    aliases = Aliases(show_names=options.show_names)
-    for file in files:
-        name = aliases.of(file) or str(file)
-        volume: Volume | None = None
+    for index, file in files:
+        alias = "" if options.show_names else alias_of(file)
+        own = _Step(index, alias or str(file), bool(alias))
         try:
             stack, images = open_frames(file, frames=options.frames, reading=options.reading)
-            if not stack.single:
-                volume = Volume(name, stack.count, stack.geometry)
+            volume = Volume(None if stack.single else stack.count, stack.geometry)
             for image in images:
                 check_usable(image)
-                yield _Step(file, name, replace(image, name=framed(name, image.frame)), volume)
+                yield replace(own, image=replace(image, name=framed(own.name, image.frame)), volume=volume)
         except InputError as error:
-            yield _Step(file, name, error=error)
+            yield replace(own, error=error)
         else:
-            yield _Step(file, name, volume=volume)
+            yield replace(own, volume=volume)
 
 
 def _ahead(steps: Iterator[_Step]) -> Iterator[_Step]:
@@ -244,25 +287,7 @@ def _ahead(steps: Iterator[_Step]) -> Iterator[_Step]:
         reader.join()
 
 
-def _volume_facts(volume: Volume, named: dict[str, str | None], model: FittedModel) -> dict[str, object]:
-    """One volume in a few words. Its score is its highest slice's, which no threshold was calibrated for."""
-    scores = {finding.frame: finding.image_score for finding in volume.findings}
-    highest = max(scores, key=lambda frame: scores[frame])
-    calibration = model.config.calibration
-    above = [finding.frame for finding in volume.findings if finding.above_threshold]
-    return {
-        "file": volume.name,
-        "frames": volume.count,
-        "scored": len(scores),
-        "highest_frame": highest,
-        "highest_score": scores[highest],
-        "above_threshold": above if calibration else None,
-        "expected_above_if_normal": round(calibration.fpr * len(scores), 2) if calibration else None,
-        **named,
-    }
-
-
-def _peak_memory() -> tuple[int, int | None] | None:
+def _peak_memory() -> Memory | None:
     """Megabytes at most: of this process, and of the largest decoding process (None where unknown)."""
     try:
         import resource

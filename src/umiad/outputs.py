@@ -1,4 +1,4 @@
-"""What scoring writes per file: maps, pictures, and volumes put back in their place."""
+"""What scoring writes per file: its map and its picture; volumes are put back in their place."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image as Pillow
 
+from umiad.filerecord import FileRecord, Stored
 from umiad.fitted import FittedModel
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
 from umiad.preprocess import resize_map
@@ -27,13 +28,13 @@ class Outputs:
 
 @dataclass
 class Volume:
-    """What is kept of a file of several frames until its last one is scored.
+    """What is kept of a file until its last image is scored.
 
-    `maps`: number of the frame -> its small map [S,S]; `best`: the frame with the highest score.
+    `count`: frames that it holds, None where it is one image by nature. `maps`: number of the frame -> its small map
+    [S,S]; `best`: the frame with the highest score.
     """
 
-    name: str
-    count: int
+    count: int | None
     geometry: Geometry | None
     findings: list[Finding] = field(default_factory=list)
     maps: dict[int, np.ndarray] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Volume:
 
 
 class Writer:
-    """Writes maps and pictures under names that stay unique when folders hold equal file names.
+    """Writes a file's map and picture under the stem that it is given.
 
     Methods raise OSError when the disk does not take it.
     """
@@ -60,76 +61,65 @@ class Writer:
         self.scale = colour_scale(
             calibration.map_threshold if calibration else None, model.config.map_reference
         )
-        self.full_scale = 2 * (calibration.map_threshold if calibration else model.config.map_reference)
+        self.full_scale = full_scale(model)
         self._out, self._outputs = out, outputs
-        self._used: set[str] = set()
-        self.pictures: dict[str, Path] = {}
 
-    def image(self, image: Image, finding: Finding) -> dict[str, str | None]:
-        """Write one image's map and picture; returns their names for the JSON line."""
-        stem = self._unique(image.name)
-        return {"map": self._map(stem, finding.anomaly_map), "picture": self._picture(stem, image, finding)}
+    def write(self, record: FileRecord, volume: Volume, stem: str) -> FileRecord:
+        """Write the map (of a volume: NIfTI in its own place, or frames one after another) and the highest picture.
 
-    def volume(self, volume: Volume) -> dict[str, str | None]:
-        """Write a volume's map (NIfTI in its own place, or frames one after another) and its worst slice."""
-        stem = self._unique(volume.name)
-        named: dict[str, str | None] = {"map": self._stack(stem, volume), "picture": None}
-        if volume.best is not None:
-            image, finding = volume.best
-            named["picture"] = self._picture(f"{stem}-{image.frame:04d}", image, finding)
-        return named
+        Returns the record with what has been written.
+        """
+        if volume.best is None:
+            return record
+        image, finding = volume.best
+        stored_map = stored_picture = None
+        if self._outputs.maps != "none":
+            stored_map = (
+                self._map(stem, finding.anomaly_map) if volume.count is None else self._stack(stem, volume)
+            )
+        if self._outputs.pictures != "none":
+            picture = draw_overlay(image, finding.anomaly_map, scale=self.scale, regions=finding.regions)
+            path = _fresh(self._out / "pictures" / f"{stem}{record.picture_stem}.png")
+            path.write_bytes(png_bytes(picture))
+            stored_picture = _stored(path)
+        return replace(record, map=stored_map, picture=stored_picture)
 
-    def _picture(self, stem: str, image: Image, finding: Finding) -> str | None:
-        if self._outputs.pictures == "none":
-            return None
-        picture = draw_overlay(image, finding.anomaly_map, scale=self.scale, regions=finding.regions)
-        path = _folder(self._out / "pictures") / f"{stem}.png"
-        path.write_bytes(png_bytes(picture))
-        self.pictures[finding.name] = path
-        return f"pictures/{stem}.png"
-
-    def _map(self, stem: str, anomaly_map: np.ndarray) -> str | None:
+    def _map(self, stem: str, anomaly_map: np.ndarray) -> Stored:
         """`npy`: float32 as it is. `png16`: 0..65535 stands for 0..`full_scale`, which summary.json names."""
-        if self._outputs.maps == "none":
-            return None
-        folder = _folder(self._out / "maps")
         if self._outputs.maps == "npy":
-            np.save(folder / f"{stem}.npy", anomaly_map, allow_pickle=False)
-            return f"maps/{stem}.npy"
+            path = _fresh(self._out / "maps" / f"{stem}.npy")
+            np.save(path, anomaly_map, allow_pickle=False)
+            return _stored(path)
         grey = (
             np.clip(anomaly_map / self.full_scale, 0, 1) * 65535
             if self.full_scale > 0
             else np.zeros_like(anomaly_map)
         )
-        Pillow.fromarray(np.round(grey).astype(np.uint16)).save(folder / f"{stem}.png")
-        return f"maps/{stem}.png"
+        path = _fresh(self._out / "maps" / f"{stem}.png")
+        Pillow.fromarray(np.round(grey).astype(np.uint16)).save(path)
+        return _stored(path)
 
-    def _stack(self, stem: str, volume: Volume) -> str | None:
-        if self._outputs.maps == "none":
-            return None
-        folder, frames = _folder(self._out / "maps"), _Frames(volume)
+    def _stack(self, stem: str, volume: Volume) -> Stored:
+        frames = _Frames(volume)
         if volume.geometry is not None:
             from umiad.io.nifti import volume_bytes  # nibabel is slow to import
 
-            (folder / f"{stem}.nii").write_bytes(volume_bytes(frames, volume.geometry))
-            return f"maps/{stem}.nii"
+            path = _fresh(self._out / "maps" / f"{stem}.nii")
+            path.write_bytes(volume_bytes(frames, volume.geometry))
+            return _stored(path)
+        path = _fresh(self._out / "maps" / f"{stem}.npy")
         shape = (len(frames), *volume.size)
-        stored = np.lib.format.open_memmap(folder / f"{stem}.npy", mode="w+", dtype=np.float32, shape=shape)
+        stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
         for number, each in enumerate(frames):
             stored[number] = each
         stored.flush()
-        return f"maps/{stem}.npy"
+        return _stored(path)
 
-    def _unique(self, name: str) -> str:
-        """The file's stem, with a number where another file has taken it; as long as file systems allow."""
-        stem = Path(name).name.removesuffix(".gz")
-        stem = Path(stem).stem[:200] or "image"
-        chosen, number = stem, 1
-        while chosen.casefold() in self._used:
-            number += 1
-            chosen = f"{stem}-{number}"
-        self._used.add(chosen.casefold())
-        return chosen
+
+def full_scale(model: FittedModel) -> float:
+    """The map value that 65535 stands for in maps of 16 bits: twice the threshold."""
+    calibration = model.config.calibration
+    return 2 * (calibration.map_threshold if calibration else model.config.map_reference)
 
 
 class _Frames(Sequence[np.ndarray]):
@@ -139,7 +129,7 @@ class _Frames(Sequence[np.ndarray]):
         self._volume = volume
 
     def __len__(self) -> int:
-        return self._volume.count
+        return self._volume.count or 0
 
     def __getitem__(self, number: int) -> np.ndarray:  # type: ignore[override]
         if not 0 <= number < len(self):
@@ -155,6 +145,12 @@ def without_map(finding: Finding) -> Finding:
     return replace(finding, anomaly_map=np.broadcast_to(np.float32(0), finding.anomaly_map.shape))
 
 
-def _folder(path: Path) -> Path:
-    path.mkdir(parents=True, exist_ok=True)
+def _fresh(path: Path) -> Path:
+    """A place to write to. An older file there is unlinked first: merged results may share it under another name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     return path
+
+
+def _stored(path: Path) -> Stored:
+    return Stored(path.suffix, path.stat().st_size)  # type: ignore[arg-type]

@@ -107,6 +107,6 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-from umiad.cli import compare, models, tools, tune  # noqa: E402 - the commands register themselves with `app`
+from umiad.cli import compare, models, results, tools, tune  # noqa: E402 - the commands register themselves with `app`
 
-__all__ = ["app", "compare", "models", "tools", "tune"]
+__all__ = ["app", "compare", "models", "results", "tools", "tune"]

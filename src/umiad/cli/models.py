@@ -12,8 +12,9 @@ from umiad.cli.files import Axis, Follow, Frame, Nan, ShowNames, WindowOption, f
 from umiad.progress import RichReporter
 
 if TYPE_CHECKING:
-    from umiad.batch import Summary
+    from umiad.batch import ShardSummary
     from umiad.fitted import FittedModel
+    from umiad.scorebook import Summary
     from umiad.types import FileOptions
 
 Data = Annotated[Path, typer.Argument(help="Folder of images, or a .csv manifest.", metavar="DATA")]
@@ -184,7 +185,7 @@ def fit(
         )
     facts = model.info
     typer.echo(f"saved {out}: {facts['n_train']} normal images fitted, {facts['n_holdout']} held out")
-    typer.echo(f"threshold: {_threshold(facts)}")
+    typer.echo(f"threshold: {threshold_text(facts)}")
 
 
 @app.command("score")
@@ -206,6 +207,18 @@ def score(
         str | None,
         typer.Option("--manifest-sha256", help="Refuse a model with another manifest (see inspect)."),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Only every N-th file, from number I (1 to N), on any machine; the same command again goes on "
+            "where it ended. `umiad merge OUT` makes one result of all N.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run into OUT that was cut off.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
     json: Json = False,
@@ -216,24 +229,26 @@ def score(
     --frame names; it comes back as one map (a NIfTI volume in its own place) and a picture of its highest slice.
     Windows and axes are those the model was fitted with. DICOM files are named by a hash of their content.
 
-    Writes scores.jsonl, maps/, pictures/, summary.json and report.html into OUT. Unreadable files are
-    skipped, named and counted; the exit code is then 3.
+    Writes scores.jsonl, maps/, pictures/, summary.json and report.html into OUT (with --shard: into OUT/shards).
+    Unreadable files are skipped, named and counted; the exit code is then 3.
     """
+    from umiad.worklist import Shard
+
+    part = None if shard is None else Shard.parse(shard)
     set_threads(threads)
     from umiad import api, batch, fitting
+    from umiad.cli.results import show
 
     loaded = api.load(model, manifest_sha256=manifest_sha256).to(fitting.resolve_device(device))
     outputs = batch.Outputs(pictures=pictures, maps=maps, min_area=min_area)
+    files = file_options(
+        frame, reading("file", "axial", "error"), follow=follow, show_names=show_names, default="all"
+    )
+    result: Summary | ShardSummary
     with RichReporter(console(err=True)) as reporter:
-        files = file_options(
-            frame, reading("file", "axial", "error"), follow=follow, show_names=show_names, default="all"
-        )
-        summary = batch.score_files(loaded, paths, out, outputs=outputs, files=files, reporter=reporter)
-    if json:
-        print_json(summary.to_json())
-    else:
-        _print_summary(summary, loaded.info)
-    return 3 if summary.skipped else 0
+        scorer = batch.Scorer(loaded, outputs=outputs, files=files, reporter=reporter)
+        result = scorer.run(paths, out, resume=resume) if part is None else scorer.run_shard(paths, out, part)
+    return show(result, out, json=json)
 
 
 @app.command("evaluate")
@@ -290,8 +305,8 @@ def calibrate(
     files = _files(loaded, frame, follow=follow, show_names=False)
     fresh = api.calibrate(loaded, normals, fpr=fpr, files=files)
     fresh.save(out or model)
-    typer.echo(f"threshold before: {_threshold(loaded.info)}")
-    typer.echo(f"threshold now:    {_threshold(fresh.info)}")
+    typer.echo(f"threshold before: {threshold_text(loaded.info)}")
+    typer.echo(f"threshold now:    {threshold_text(fresh.info)}")
 
 
 @app.command("inspect")
@@ -320,7 +335,8 @@ def _files(model: FittedModel, frame: str | None, *, follow: bool, show_names: b
     return file_options(frame, own.reading, follow=follow, show_names=show_names, default=own.frames)
 
 
-def _threshold(facts: dict[str, str | int | float | None]) -> str:
+def threshold_text(facts: dict[str, str | int | float | None]) -> str:
+    """The threshold and how it was chosen."""
     value = facts["image_threshold"]
     return f"{facts['threshold_rule']}" if value is None else f"{value:.6g} ({facts['threshold_rule']})"
 
@@ -331,26 +347,3 @@ def _metric(metric: dict[str, object]) -> str:
         return f"-  ({metric['reason']})"
     text = f"{value:.4f}"
     return f"{text}  [{interval[0]:.4f}, {interval[1]:.4f}]" if isinstance(interval, (list, tuple)) else text
-
-
-def _print_summary(summary: Summary, facts: dict[str, str | int | float | None]) -> None:
-    typer.echo(f"{len(summary.findings)} images scored, {len(summary.skipped)} skipped")
-    if facts["image_threshold"] is None:
-        typer.echo(f"no threshold: {facts['threshold_rule']}")
-    else:
-        typer.echo(f"{summary.above} above the threshold {_threshold(facts)}")
-    for volume in summary.volumes:
-        typer.echo(
-            f"{volume['file']}: {volume['scored']} of {volume['frames']} slices or frames scored, "
-            f"the highest is number {volume['highest_frame']}"
-        )
-    for _, reason in summary.skipped:
-        typer.echo(f"skipped {reason}", err=True)
-    if summary.aliased:
-        text = "DICOM files are named by the first digits of their SHA-256"
-        typer.echo(f"{summary.aliased} {text}; --show-names shows paths, which may name patients")
-    if summary.peak_memory is not None:
-        own, child = summary.peak_memory
-        beside = "" if child is None else f", and {child} MB in the largest decoding process"
-        typer.echo(f"peak memory: {own} MB{beside}")
-    typer.echo(f"report: {summary.folder / 'report.html'}")
