@@ -81,8 +81,9 @@ def score_files(
 class Scorer:
     """Scores files with one model and one set of options.
 
-    `files.frames` chooses among frames; windows and axes are the model's. A file of several frames or slices is scored frame by frame and comes back as one map and one picture, of its
-    highest frame. Unreadable files are skipped, named and counted; of a file that breaks off nothing is kept.
+    `files.frames` chooses among frames; windows and axes are the model's. A file of several frames or slices is scored
+    frame by frame and comes back as one map and one picture, of its highest frame. Unreadable files are skipped, named
+    and counted; of a file that breaks off nothing is kept.
     """
 
     def __init__(

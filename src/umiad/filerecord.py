@@ -134,7 +134,10 @@ class FileRecord:
         try:
             value = strictjson.loads(line, source=source) if line.endswith(b"\n") else None
             if isinstance(value, list) and len(value) == 2 and value[0] == _check(_plain(value[1])):
-                return _adapter().validate_python(value[1])
+                record = _adapter().validate_python(value[1])
+                if record.error is None and not record.images:
+                    raise ValueError("neither images nor an error")
+                return record
         except (ModelFileError, ValidationError, ValueError) as error:
             raise InputError(source, f"holds a damaged line: {error}") from error
         raise InputError(source, "holds a line that is not whole")

@@ -68,8 +68,8 @@ class Journal:
     """Entering claims the folder; then `done` are the files of an earlier start, in order, and `add` appends.
 
     With `resume` the folder must hold the same work, without it starts empty; None resumes where something is.
-    `on_note` is told what the user should know. Raises InputError when another process works there or it holds other work,
-    ConfigError when there is nothing to resume, DiskError when it cannot be written.
+    `on_note` is told what the user should know. Raises InputError when another process works there or it holds other
+    work, ConfigError when there is nothing to resume, DiskError when it cannot be written.
     """
 
     def __init__(
@@ -184,7 +184,8 @@ def read_facts(folder: Path) -> ShardFacts:
     try:
         content = diskfile.read_regular(path, limit=MAX_SHARD_BYTES)
         facts = ShardFacts.parse(strictjson.load_object(content, source=str(path)))
-        if facts.kind != KIND or not 1 <= facts.number <= facts.of or facts.files < 0:
+        known = {"image_threshold", "threshold_rule"} <= dict(facts.model).keys()
+        if facts.kind != KIND or not 1 <= facts.number <= facts.of or facts.files < 0 or not known:
             raise ConfigError(f"{path}: is not the description of a shard")
     except (InputError, ModelFileError, ConfigError) as error:
         raise InputError(

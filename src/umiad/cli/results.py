@@ -11,10 +11,9 @@ import typer
 from umiad.cli.app import app, command, print_json
 from umiad.cli.models import Json, threshold_text
 
-from umiad.scorebook import Summary
-
 if TYPE_CHECKING:
     from umiad.batch import ShardSummary
+    from umiad.scorebook import Summary
 
 
 @app.command("merge")
@@ -34,9 +33,11 @@ def merge(
 
 def show(result: Summary | ShardSummary, out: Path, *, json: bool) -> int:
     """Print a result; returns the exit code: 3 where files were skipped."""
+    from umiad import scorebook
+
     if json:
         print_json(result.to_json())
-    elif isinstance(result, Summary):
+    elif isinstance(result, scorebook.Summary):
         _print_summary(result)
     else:
         _print_shard(result, out)
