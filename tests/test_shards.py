@@ -56,7 +56,7 @@ def data(tmp_path_factory):
     (root / "c.png").write_bytes((root / "b" / "s0.png").read_bytes()[:300])
     cine = np.stack([grey_array((40, 44), seed=k) for k in range(3)])
     shutil.copy(dicom_file(root / "DOE_1.dcm", cine), root / "DOE_2.dcm")
-    nifti_file(root / "s0.nii.gz", np.random.default_rng(0).integers(0, 200, (20, 24, 5)).astype(np.int16))
+    nifti_file(root / "s0.nii.gz", np.random.default_rng(0).integers(0, 200, (36, 40, 4)).astype(np.int16))
     (root / os.fsdecode(b"caf\xe9.png")).write_bytes((root / "b" / "s1.png").read_bytes())
     return root
 
@@ -130,7 +130,7 @@ def test_three_shards_merged_equal_one_run_byte_for_byte(shards, plain):
 def test_one_shard_of_one_equals_a_plain_run(model, data, plain, tmp_path):
     done = Scorer(model).run_shard([data], tmp_path / "out", Shard(1, 1))
     assert done.files == 13
-    assert done.images == 7 + 3 + 3 + 5
+    assert done.images == 8 + 3 + 3 + 4  # single images, two cines, a volume
     assert done.to_json()["shard"] == "1/1"
     merge_shards(tmp_path / "out")
     assert results(tmp_path / "out") == results(plain)
