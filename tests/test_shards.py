@@ -161,7 +161,11 @@ def test_scoring_over_merged_results_leaves_the_shards_alone(shards, model, data
     score_files(model, [data / "b"], shards)
     assert {path: path.read_bytes() for path in before} == before
     merge_shards(shards)
-    assert results(shards) == results(plain)
+    (found, summary), (expected, said) = results(shards), results(plain)
+    assert (
+        expected.items() <= found.items()
+    )  # maps that only the other run wrote stay, as they do without shards
+    assert summary == said
 
 
 def test_no_path_of_a_dicom_file_is_in_any_shard(shards):
