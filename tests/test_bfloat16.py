@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from make import blob_image
-from umiad import api, bfloat16
+from make import blob_image, save_array, tiny_set
+from umiad import api, batch, bfloat16
 from umiad.errors import ConfigError
 from umiad.fitted import FittedModel
 
@@ -142,3 +142,39 @@ def test_no_state_carries_the_precision(model, images, monkeypatch):
     after = model.detector.state()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+class Notes:
+    def __init__(self):
+        self.texts = []
+
+    def note(self, text):
+        self.texts.append(text)
+
+    def stage(self, *_):
+        pass
+
+
+def test_scoring_a_folder_says_what_the_backbone_ran_in_and_puts_it_back(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bfloat16.Parity, "agrees", True)
+    data = tiny_set(tmp_path / "set", n_normal=3, n_abnormal=1)
+    (data / "normal" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for wanted, said in (("float32", []), ("bfloat16", ["backbone in bfloat16: over 4 images"])):
+        notes = Notes()
+        scorer = batch.Scorer(model, reporter=notes, precision=wanted)
+        summary = scorer.run([data], tmp_path / wanted)
+        assert summary.to_json()["precision"] == wanted
+        found = [text for text in notes.texts if "backbone" in text]
+        assert [text[: len(start)] for text, start in zip(found, said, strict=True)] == said
+        assert [each.dtype for each in bfloat16.backbones(model)] == [None]
+    exact, rough = ((tmp_path / each / "scores.jsonl").read_text() for each in ("float32", "bfloat16"))
+    assert exact != rough
+
+
+def test_a_run_that_fails_puts_the_precision_back(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bfloat16.Parity, "agrees", True)
+    path = save_array(tmp_path / "one.png", (blob_image().pixels[0] * 255).astype(np.uint8))
+    monkeypatch.setattr(batch, "_finished", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batch.Scorer(model, precision="bfloat16").run([path], tmp_path / "out")
+    assert [each.dtype for each in bfloat16.backbones(model)] == [None]

@@ -9,9 +9,11 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from umiad.bfloat16 import PROBES, Precision, choose
 from umiad.cases import alias_of
 from umiad.errors import ConfigError, DiskError, InputError
 from umiad.filerecord import FileRecord, ImageRecord, Names, by_index
@@ -83,7 +85,8 @@ class Scorer:
 
     `files.frames` chooses among frames; windows and axes are the model's. A file of several frames or slices is scored
     frame by frame and comes back as one map and one picture, of its highest frame. Unreadable files are skipped, named
-    and counted; of a file that breaks off nothing is kept.
+    and counted; of a file that breaks off nothing is kept. `precision` of the backbone while it runs: see
+    `umiad.bfloat16`; a few images of the whole list are tried, so that shards decide alike, and the outcome is noted.
     """
 
     def __init__(
@@ -93,9 +96,11 @@ class Scorer:
         outputs: Outputs | None = None,
         files: FileOptions = DEFAULT_FILES,
         reporter: Reporter | None = None,
+        precision: Precision = "float32",
     ) -> None:
         self._model, self._outputs = model, outputs or Outputs()
         self._files, self._reporter = files, reporter or Silent()
+        self._wanted, self._precision = precision, "float32"
 
     def run(self, paths: Sequence[str | os.PathLike[str]], out: Path, *, resume: bool = False) -> Summary:
         """Score every image among `paths` (files and folders) into the folder `out`.
@@ -107,8 +112,12 @@ class Scorer:
         """
         if resume:
             self._check_known("--resume")
-        work, names = self._find(paths), Names()
-        facts = self._facts(work, Shard())
+        work = self._find(paths)
+        with self._running(work):
+            return self._run(work, out, resume=resume)
+
+    def _run(self, work: WorkList, out: Path, *, resume: bool) -> Summary:
+        facts, names = self._facts(work, Shard()), Names()
         journal = Journal(out / UNFINISHED, facts, resume=resume, on_note=self._reporter.note)
         try:
             with journal:
@@ -134,7 +143,10 @@ class Scorer:
         """
         self._check_known("--shard")
         work = self._find(paths)
-        folder = shard_folder(out, shard)
+        with self._running(work):
+            return self._run_shard(work, shard_folder(out, shard), shard)
+
+    def _run_shard(self, work: WorkList, folder: Path, shard: Shard) -> ShardSummary:
         journal = Journal(folder, self._facts(work, shard), resume=None, on_note=self._reporter.note)
         try:
             with journal:
@@ -165,6 +177,29 @@ class Scorer:
             self._reporter.note(note)
         return work
 
+    @contextmanager
+    def _running(self, work: WorkList) -> Iterator[None]:
+        """Run the backbone in what `bfloat16.choose` decides, and say what that is; afterwards as it was fitted."""
+        tried = list(self._probes(work)) if self._wanted != "float32" else []
+        choice = choose(self._model, tried, self._wanted)
+        if self._wanted != "float32":
+            self._reporter.note(f"backbone in {choice.precision}: {choice.reason}")
+        self._precision = choice.precision
+        try:
+            yield
+        finally:
+            choose(self._model, [], "float32")
+
+    def _probes(self, work: WorkList) -> Iterator[Image]:
+        """The first image of each of a few files, evenly spaced in the list; what cannot be read is passed over."""
+        options = self._model.file_options(self._files)
+        for file in work.files[:: -(-len(work.files) // PROBES)]:
+            with suppress(InputError):
+                _, images = open_frames(file, frames=options.frames, reading=options.reading)
+                for image in itertools.islice(images, 1):
+                    check_usable(image)
+                    yield image
+
     def _facts(self, work: WorkList, shard: Shard) -> ShardFacts:
         outputs, calibration = self._outputs, self._model.config.calibration
         return ShardFacts(
@@ -179,6 +214,7 @@ class Scorer:
                 "min_area": outputs.min_area,
                 "frame": self._files.frames,
                 "show_names": self._files.show_names,
+                "precision": self._precision,
             },
             model=tuple(self._model.info.items()),
             fpr=calibration.fpr if calibration else None,

@@ -25,7 +25,7 @@ class Summary:
 
     `png16_full_scale`: the map value that 65535 stands for in 16-bit PNG maps (None for other formats).
     `peak_memory`: megabytes that this process, and the largest decoding process, held at most (None where unknown);
-    of merged shards `shard_memory` holds one for each.
+    of merged shards `shard_memory` holds one for each. `precision`: what the backbone ran in.
     """
 
     folder: Path
@@ -38,6 +38,7 @@ class Summary:
     png16_full_scale: float | None = None
     peak_memory: Memory | None = None
     shard_memory: Sequence[Memory | None] = ()
+    precision: str = "float32"
 
     @property
     def above(self) -> int:
@@ -56,6 +57,7 @@ class Summary:
             "png16_full_scale": self.png16_full_scale,
             "skipped": [{"file": name, "reason": reason} for name, reason in self.skipped],
             "volumes": self.volumes,
+            "precision": self.precision,
             "peak_memory_mb": each or own,
         }
 
@@ -67,7 +69,12 @@ class Book:
     """
 
     def __init__(self, folder: Path, facts: ShardFacts, lines: IO[str]) -> None:
-        self.summary = Summary(folder, dict(facts.model), png16_full_scale=facts.png16_full_scale)
+        self.summary = Summary(
+            folder,
+            dict(facts.model),
+            png16_full_scale=facts.png16_full_scale,
+            precision=str(facts.options["precision"]),
+        )
         self._facts, self._lines = facts, lines
         self._pictures: dict[str, Path] = {}
 
