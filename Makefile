@@ -50,6 +50,8 @@ bench: setup
 	$(BIN)/python benchmarks/metrics_speed.py
 	$(BIN)/python benchmarks/speed.py --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/scoring_speed.py --weights "$(WEIGHTS)"
+	$(BIN)/python benchmarks/performance.py --data "$(DATA)" --weights "$(WEIGHTS)"
+	$(BIN)/python benchmarks/performance_page.py
 	[ ! -d "$(DATA)/busi/normal" ] || $(BIN)/python benchmarks/reading_cost.py --data "$(DATA)/busi/normal" --weights "$(WEIGHTS)"
 
 tables: setup

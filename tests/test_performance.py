@@ -1,0 +1,80 @@
+"""docs/performance.md: figures are traced from JSON to the page, and every part can be measured."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FACTS = {"images": "busi", "threads": 2, "turns": 5, "weights": "w", "torch": "2", "commit": "abc"}
+
+
+def part(**values):
+    return {"facts": FACTS, "values": values}
+
+
+@pytest.fixture
+def pages(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import performance_page
+
+    return performance_page
+
+
+def test_the_page_tells_reached_beside_asked_for(pages):
+    found = {
+        "folder": part(**{"nothing written": 1.234, "maps and pictures": 2.5}),
+        "startup": part(help=0.25),
+    }
+    metrics = [{"what": "exact", "seconds": 2.3, "peak_gb": 0.8, "goal_seconds": 3.0, "goal_gb": 1.5}]
+    text = pages.page(found, metrics)
+    assert "| `umiad score` on a folder, nothing written | 1.23 x R1 | at most 1 x R1 |" in text
+    assert "| `umiad --help` | 0.25 s | at most 0.3 s |" in text
+    assert "| exact | 2.3 s, 0.8 GB | at most 3 s and 1.5 GB |" in text
+    assert "| the same folder with maps and pictures | 2.5 x R1 | - |" in text
+    assert "| folder | busi | 2 | 5 | w | 2 | abc |" in text
+
+
+def test_what_was_not_measured_says_so(pages):
+    text = pages.page({}, [])
+    assert text.count("not measured yet") == len(pages.GOALS)
+    assert text.count("Not measured yet: `make bench`.") == 2
+
+
+def test_growth_has_its_exponent_and_its_plot(pages, monkeypatch, tmp_path):
+    law = {"exponent": 0.987, "points": {"1": 1.0, "8": 7.4}}
+    found = {"growth": part(batch=law)}
+    monkeypatch.setattr(pages, "PLOT", tmp_path / "growth.png")
+    pages.plot(found)
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
+    assert "| batch | 1 | 8 | 7.4 | 0.99 |" in pages.page(found, [])
+
+
+def test_the_committed_page_is_the_one_of_the_committed_results(pages):
+    assert pages.PAGE.read_text() == pages.page(
+        pages.load("performance.json"), pages.load("speed_metrics.json") or []
+    )
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms(pages):
+    from performance import power
+
+    law = power({1: 0.5, 2: 2.0, 4: 8.0})
+    assert law == {"exponent": 2.0, "points": {"1": 1.0, "2": 4.0, "4": 16.0}}
+
+
+@pytest.mark.slow
+def test_every_part_is_measured_on_phantoms(pages, monkeypatch, tmp_path):
+    import performance
+
+    monkeypatch.setattr(performance, "TARGET", tmp_path / "performance.json")
+    for name, value in {"FOLDER": 8, "SOME": 2, "BATCHES": (1, 2), "SIZES": (64, 128)}.items():
+        monkeypatch.setattr(performance, name, value)
+    monkeypatch.setattr(performance, "COUNTS", {"score": (2, 4), "fit": (4, 8)})
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--data", str(tmp_path / "none"), "--turns", "1"])
+    performance.main()
+    found = json.loads((tmp_path / "performance.json").read_text())
+    assert found.keys() == performance.PARTS.keys()
+    assert "not measured yet" not in pages.page(found, [])
+    assert found["folder"]["facts"]["images"] == "phantoms"
