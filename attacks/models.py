@@ -5,7 +5,7 @@ ever unpickled, creates an empty marker file (`CANARY`) in a folder of the test,
 
 `good` is always a folder with a model written by umiad (padim at 64 pixels); it is copied, never changed. Ids M1 to M7:
 foreign formats that execute code; malformed tensors; configurations of something else; formats; names and links;
-ONNX (nothing reads it); manifests altered too.
+ONNX (see tests/test_onnxfile.py); manifests altered too.
 """
 
 from __future__ import annotations

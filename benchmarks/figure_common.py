@@ -18,8 +18,9 @@ from umiad.api import FitOptions, FittedModel, build, fit, load
 from umiad.cases import case_masks
 from umiad.data import DataSet, load_data
 from umiad.duplicates import case_sha256
-from umiad.fitting import Reporter, Silent, case_image, split_data
+from umiad.fitting import case_image, split_data
 from umiad.preprocess import resize_mask
+from umiad.progress import Reporter, Silent
 from umiad.splits import Split
 from umiad.types import ABNORMAL, Case, Image
 

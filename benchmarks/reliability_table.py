@@ -61,7 +61,7 @@ TRIED: dict[str, str] = {
     "M3": "configurations of something else, or of something enormous: refused before memory is taken",
     "M4": "formats newer, older and missing; models of every format so far score as they did",
     "M5": "manifests that name files elsewhere: paths, links, hard links, devices, names equal but for case",
-    "M6": "nothing in the source can read ONNX",
+    "M6": "exported graphs altered, with loops, calls, data in other files or unknown operators: refused as bytes",
     "M7": "a manifest altered together with its files: found where its hash is pinned, and only there",
     "M8": "backbone weights from the network: wrong hash, redirect, pickle, no network",
     "T1": "killed at seeded points, also while saving, and resumed: the end is bit-equal",

@@ -29,7 +29,8 @@ from lightning.pytorch.plugins import CheckpointIO  # noqa: F401 - imported once
 
 from umiad import charts, checkpoint, detectors, training  # noqa: F401
 from umiad.errors import UmiadError
-from umiad.fitting import FitOptions, Silent, fit_model
+from umiad.fitting import FitOptions, fit_model
+from umiad.progress import Silent
 
 SIZE, IMAGES, BATCH, EPOCHS = 64, 8, 3, 5
 OUT = "model"

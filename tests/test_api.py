@@ -10,7 +10,8 @@ import umiad
 from make import save_array, tiny_set
 from umiad.api import FitOptions
 from umiad.errors import ConfigError, InputError, ModelFileError
-from umiad.fitting import Silent, resolve_device
+from umiad.fitting import resolve_device
+from umiad.progress import Silent
 from umiad.splits import Split
 
 SIZE = 64

@@ -161,7 +161,7 @@ def test_scoring_a_folder_says_what_the_backbone_ran_in_and_puts_it_back(model, 
     (data / "normal" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for wanted, said in (("float32", []), ("bfloat16", ["backbone in bfloat16: over 4 images"])):
         notes = Notes()
-        scorer = batch.Scorer(model, reporter=notes, precision=wanted)
+        scorer = batch.FileScorer(model, reporter=notes, precision=wanted)
         summary = scorer.run([data], tmp_path / wanted)
         assert summary.to_json()["precision"] == wanted
         found = [text for text in notes.texts if "backbone" in text]
@@ -176,5 +176,5 @@ def test_a_run_that_fails_puts_the_precision_back(model, tmp_path, monkeypatch):
     path = save_array(tmp_path / "one.png", (blob_image().pixels[0] * 255).astype(np.uint8))
     monkeypatch.setattr(batch, "_finished", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        batch.Scorer(model, precision="bfloat16").run([path], tmp_path / "out")
+        batch.FileScorer(model, precision="bfloat16").run([path], tmp_path / "out")
     assert [each.dtype for each in bfloat16.backbones(model)] == [None]

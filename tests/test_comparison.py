@@ -23,9 +23,9 @@ from umiad.config import DetectorConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.errors import ConfigError, DiskError, InputError, TrainingError
 from umiad.evaluation import CaseResult, Evaluation
-from umiad.fitting import Silent
 from umiad.interrupt import Interrupted
 from umiad.overlay import colour_scale
+from umiad.progress import Silent
 from umiad.report import to_markdown
 from umiad.splits import Split
 from umiad.types import Scores

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from make import dicom_file, grey_array, grey_png, nifti_file
 from umiad import api, batch, merging
-from umiad.batch import Outputs, Scorer, score_files
+from umiad.batch import FileScorer, Outputs, score_files
 from umiad.cli.app import app
 from umiad.errors import ConfigError, DiskError, InputError
 from umiad.filerecord import by_index
@@ -73,7 +73,7 @@ def scored(model, data, tmp_path_factory):
     """Three shards, not merged yet."""
     out = tmp_path_factory.mktemp("scored") / "out"
     for shard in THREE[::-1]:
-        Scorer(model).run_shard([data], out, shard)
+        FileScorer(model).run_shard([data], out, shard)
     return out
 
 
@@ -128,7 +128,7 @@ def test_three_shards_merged_equal_one_run_byte_for_byte(shards, plain):
 
 
 def test_one_shard_of_one_equals_a_plain_run(model, data, plain, tmp_path):
-    done = Scorer(model).run_shard([data], tmp_path / "out", Shard(1, 1))
+    done = FileScorer(model).run_shard([data], tmp_path / "out", Shard(1, 1))
     assert done.files == 13
     assert done.images == 8 + 3 + 3 + 4  # single images, two cines, a volume
     assert done.to_json()["shard"] == "1/1"
@@ -138,7 +138,7 @@ def test_one_shard_of_one_equals_a_plain_run(model, data, plain, tmp_path):
 
 def test_more_shards_than_files_leave_some_empty(model, data, tmp_path):
     for number in (1, 2, 3):
-        Scorer(model, outputs=Outputs(maps="png16", pictures="none")).run_shard(
+        FileScorer(model, outputs=Outputs(maps="png16", pictures="none")).run_shard(
             [data / "a" / "s0.png", data / "c.png"], tmp_path, Shard(number, 3)
         )
     summary = merge_shards(tmp_path)
@@ -179,7 +179,7 @@ def test_a_trained_models_shards_are_equal_to_rounding(data, tmp_path):
     bare = Outputs(maps="none", pictures="none")
     score_files(padim, [data / "a"], tmp_path / "plain", outputs=bare)
     for number in (1, 2):
-        Scorer(padim, outputs=bare).run_shard([data / "a"], tmp_path / "out", Shard(number, 2))
+        FileScorer(padim, outputs=bare).run_shard([data / "a"], tmp_path / "out", Shard(number, 2))
     merge_shards(tmp_path / "out")
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "scores.jsonl").read_text().splitlines()]
@@ -232,7 +232,7 @@ def test_a_damaged_description_names_the_shard(shards, model, data, content):
         merge_shards(shards)
     if content is not None:
         with pytest.raises(InputError, match=r"shard.json is missing or damaged"):
-            Scorer(model).run_shard([data], shards, THREE[2])
+            FileScorer(model).run_shard([data], shards, THREE[2])
 
 
 def test_a_description_that_lacks_a_fact_or_has_a_wrong_one_is_damaged(shards):
@@ -270,14 +270,14 @@ def test_a_shard_that_is_not_whole_is_refused_with_the_command_that_goes_on(shar
 
 @pytest.mark.parametrize("other", ["model", "list", "options"])
 def test_shards_of_other_work_are_refused(shards, model, data, tmp_path, other):
-    copied, scorer = Path(shutil.copytree(data, tmp_path / "data")), Scorer(model)
+    copied, scorer = Path(shutil.copytree(data, tmp_path / "data")), FileScorer(model)
     if other == "model":
         changed = api.calibrate(model, data / "b", fpr=0.2)
-        scorer = Scorer(api.load(changed.save(tmp_path / "changed")))
+        scorer = FileScorer(api.load(changed.save(tmp_path / "changed")))
     elif other == "list":
         grey_png(copied / "new.png")
     else:
-        scorer = Scorer(model, outputs=Outputs(min_area=3))
+        scorer = FileScorer(model, outputs=Outputs(min_area=3))
     with pytest.raises(InputError, match=f"holds results made with .*({other}|min_area).*delete that folder"):
         scorer.run_shard([copied], shards, THREE[1])
     shutil.rmtree(shard_folder(shards, THREE[1]))
@@ -301,7 +301,7 @@ def test_a_second_run_of_the_same_shard_and_a_second_merge_are_refused(shards, m
     lock = FolderLock(shard_folder(shards, THREE[0]))
     lock.acquire()
     with pytest.raises(InputError, match="another scoring run is running there"):
-        Scorer(model).run_shard([data], shards, THREE[0])
+        FileScorer(model).run_shard([data], shards, THREE[0])
     lock.release()
     lock = FolderLock(shards / SHARDS)
     lock.acquire()
@@ -313,8 +313,8 @@ def test_a_second_run_of_the_same_shard_and_a_second_merge_are_refused(shards, m
 def test_a_model_that_was_not_loaded_can_be_scored_with_but_not_in_shards(model, data, tmp_path):
     loose = api.FittedModel(model.detector, model.config, model.split)
     for call in (
-        lambda: Scorer(loose).run_shard([data], tmp_path / "out", Shard(1, 2)),
-        lambda: Scorer(loose).run([data], tmp_path / "out", resume=True),
+        lambda: FileScorer(loose).run_shard([data], tmp_path / "out", Shard(1, 2)),
+        lambda: FileScorer(loose).run([data], tmp_path / "out", resume=True),
     ):
         with pytest.raises(ConfigError, match="not loaded from a folder"):
             call()
@@ -325,7 +325,7 @@ def test_a_model_that_was_not_loaded_can_be_scored_with_but_not_in_shards(model,
 def test_a_disk_that_takes_nothing_is_a_disk_error(model, data, shards, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DiskError):
-        Scorer(model).run_shard([data], tmp_path / "file" / "out", Shard(1, 2))
+        FileScorer(model).run_shard([data], tmp_path / "file" / "out", Shard(1, 2))
 
     def full(*names):
         raise OSError(28, "No space left on device")
@@ -346,7 +346,7 @@ def test_a_shard_that_was_stopped_goes_on_where_it_was(model, data, shards, plai
     with monkeypatch.context() as patch:
         stopped_at(patch, 2)
         with pytest.raises(KeyboardInterrupt):
-            Scorer(model).run_shard([data], shards, THREE[0])
+            FileScorer(model).run_shard([data], shards, THREE[0])
     kept = (folder / FILES).read_bytes()
     assert 0 < kept.count(b"\n") < 5
     opened = []
@@ -354,10 +354,10 @@ def test_a_shard_that_was_stopped_goes_on_where_it_was(model, data, shards, plai
     monkeypatch.setattr(
         batch, "open_frames", lambda file, **how: opened.append(file) or open_frames(file, **how)
     )
-    Scorer(model).run_shard([data], shards, THREE[0])
+    FileScorer(model).run_shard([data], shards, THREE[0])
     assert len(opened) == 5 - kept.count(b"\n")
     assert (folder / FILES).read_bytes().startswith(kept)
-    Scorer(model).run_shard([data], shards, THREE[0])  # whole: nothing is read again
+    FileScorer(model).run_shard([data], shards, THREE[0])  # whole: nothing is read again
     assert len(opened) == 5 - kept.count(b"\n")
     merge_shards(shards)
     assert results(shards) == results(plain)
@@ -389,7 +389,7 @@ def test_a_cut_line_and_a_lost_map_are_scored_again(model, data, shards, plain):
     (lost / second.named(by_index(second)[1])["map"]).unlink()
     notes = Notes()
     for shard in THREE[:2]:
-        Scorer(model, reporter=notes).run_shard([data], shards, shard)
+        FileScorer(model, reporter=notes).run_shard([data], shards, shard)
     assert ["are missing or cut; they are scored again" in text for text in notes.texts] == [True]
     merge_shards(shards)
     assert results(shards) == results(plain)
@@ -423,26 +423,26 @@ def test_a_plain_run_that_was_stopped_resumes_and_equals_one_run(
         with (out / UNFINISHED / FILES).open("ab") as file:
             file.write(b'["0123')
         (out / "scores.jsonl").write_text('{"file": "ha')
-    Scorer(model).run([data], out, resume=True)
+    FileScorer(model).run([data], out, resume=True)
     assert results(out) == results(plain)
     with pytest.raises(ConfigError, match="nothing to resume"):
-        Scorer(model).run([data], out, resume=True)
+        FileScorer(model).run([data], out, resume=True)
 
 
 def test_without_resume_a_run_starts_anew(model, data, plain, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stopped_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
-            Scorer(model, outputs=Outputs(min_area=2)).run([data], tmp_path / "out")
+            FileScorer(model, outputs=Outputs(min_area=2)).run([data], tmp_path / "out")
     with pytest.raises(InputError, match="min_area 2 in place of 1"):
-        Scorer(model).run([data], tmp_path / "out", resume=True)
+        FileScorer(model).run([data], tmp_path / "out", resume=True)
     score_files(model, [data], tmp_path / "out")
     assert results(tmp_path / "out") == results(plain)
 
 
 def test_nothing_to_resume_leaves_nothing_behind(model, data, tmp_path):
     with pytest.raises(ConfigError, match="nothing to resume; leave out --resume"):
-        Scorer(model).run([data], tmp_path / "out", resume=True)
+        FileScorer(model).run([data], tmp_path / "out", resume=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -22,9 +22,9 @@ from umiad.comparison_result import COMPARED
 from umiad.config import DetectorConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.errors import ConfigError, DiskError, InputError, TrainingError
-from umiad.fitting import Silent
 from umiad.interrupt import Interrupted
 from umiad.phantoms import draw_phantom
+from umiad.progress import Silent
 from umiad.splits import SplitEntry
 from umiad.synthetic import FAMILIES
 from umiad.tuning import Candidate, TuneOptions, tune

@@ -17,8 +17,9 @@ from umiad.duplicates import CaseHashes
 from umiad.errors import ConfigError, InputError
 from umiad.evaluation import Evaluation, evaluate_model
 from umiad.fitted import FittedModel, load
-from umiad.fitting import Data, FitOptions, Reporter, fit_model, usable_images
+from umiad.fitting import Data, FitOptions, fit_model, usable_images
 from umiad.inputs import ImageInput
+from umiad.progress import Reporter
 from umiad.splits import Split
 from umiad.types import Case, FileOptions, Finding
 

@@ -12,26 +12,29 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from umiad.bfloat16 import PROBES, Precision, choose
 from umiad.cases import alias_of
 from umiad.errors import ConfigError, DiskError, InputError
 from umiad.filerecord import FileRecord, ImageRecord, Names, by_index
-from umiad.fitted import FittedModel
-from umiad.fitting import Reporter, Silent
 from umiad.io import open_frames, pool
 from umiad.journal import UNFINISHED, Journal, Memory, Naming, ShardFacts, shard_folder, whole
 from umiad.outputs import Outputs, Volume, Writer, full_scale
 from umiad.preprocess import check_usable
+from umiad.progress import Reporter, Silent
 from umiad.scorebook import SCORES, Book, Summary
+from umiad.scorer import Scorer
 from umiad.types import FileOptions, Image, framed
 from umiad.worklist import Shard, WorkList, find_work
+
+if TYPE_CHECKING:
+    from umiad.bfloat16 import Precision
 
 READ_AHEAD = 16
 MEGABYTE = 1_000_000
 DEFAULT_FILES = FileOptions(frames="all")
 
-__all__ = ["Outputs", "Scorer", "ShardSummary", "Summary", "score_files"]
+__all__ = ["FileScorer", "Outputs", "ShardSummary", "Summary", "score_files"]
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class _Step:
 
 
 def score_files(
-    model: FittedModel,
+    model: Scorer,
     paths: Sequence[str | os.PathLike[str]],
     out: Path,
     *,
@@ -76,11 +79,11 @@ def score_files(
     files: FileOptions = DEFAULT_FILES,
     reporter: Reporter | None = None,
 ) -> Summary:
-    """Score every image among `paths` into the folder `out`, from the start; see `Scorer.run`."""
-    return Scorer(model, outputs=outputs, files=files, reporter=reporter).run(paths, out)
+    """Score every image among `paths` into the folder `out`, from the start; see `FileScorer.run`."""
+    return FileScorer(model, outputs=outputs, files=files, reporter=reporter).run(paths, out)
 
 
-class Scorer:
+class FileScorer:
     """Scores files with one model and one set of options.
 
     `files.frames` chooses among frames; windows and axes are the model's. A file of several frames or slices is scored
@@ -91,7 +94,7 @@ class Scorer:
 
     def __init__(
         self,
-        model: FittedModel,
+        model: Scorer,
         *,
         outputs: Outputs | None = None,
         files: FileOptions = DEFAULT_FILES,
@@ -180,20 +183,23 @@ class Scorer:
     @contextmanager
     def _running(self, work: WorkList) -> Iterator[None]:
         """Run the backbone in what `bfloat16.choose` decides, and say what that is; afterwards as it was fitted."""
-        tried = list(self._probes(work)) if self._wanted != "float32" else []
-        choice = choose(self._model, tried, self._wanted)
-        if self._wanted != "float32":
-            self._reporter.note(f"backbone in {choice.precision}: {choice.reason}")
+        if self._wanted == "float32":
+            yield
+            return
+        from umiad import bfloat16  # imports torch, which an exported model does without
+
+        choice = bfloat16.choose(self._model, list(self._probes(work, bfloat16.PROBES)), self._wanted)
+        self._reporter.note(f"backbone in {choice.precision}: {choice.reason}")
         self._precision = choice.precision
         try:
             yield
         finally:
-            choose(self._model, [], "float32")
+            bfloat16.choose(self._model, [], "float32")
 
-    def _probes(self, work: WorkList) -> Iterator[Image]:
-        """The first image of each of a few files, evenly spaced in the list; what cannot be read is passed over."""
+    def _probes(self, work: WorkList, count: int) -> Iterator[Image]:
+        """The first image of each of `count` files, evenly spaced in the list; what cannot be read is passed over."""
         options = self._model.file_options(self._files)
-        for file in work.files[:: -(-len(work.files) // PROBES)]:
+        for file in work.files[:: -(-len(work.files) // count)]:
             with suppress(InputError):
                 _, images = open_frames(file, frames=options.frames, reading=options.reading)
                 for image in itertools.islice(images, 1):
@@ -241,7 +247,7 @@ class Scorer:
             self._reporter.stage("scoring", done, total)
 
 
-def _finished(model: FittedModel, steps: Iterator[_Step], min_area: int) -> Iterator[_Step]:
+def _finished(model: Scorer, steps: Iterator[_Step], min_area: int) -> Iterator[_Step]:
     """The last step of every file, once its images are scored, in batches across files."""
     waiting: deque[_Step] = deque()
 

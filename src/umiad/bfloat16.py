@@ -13,6 +13,7 @@ import torch
 from umiad.errors import ConfigError
 from umiad.fitted import FittedModel
 from umiad.nn.encoder import Pyramid
+from umiad.scorer import Scorer
 from umiad.types import Image
 
 Precision = Literal["float32", "auto", "bfloat16"]
@@ -74,7 +75,7 @@ def native() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def choose(model: FittedModel, images: Sequence[Image], wanted: Precision = "auto") -> Choice:
+def choose(model: Scorer, images: Sequence[Image], wanted: Precision = "auto") -> Choice:
     """Set what the model's backbone runs in from now on, and say why.
 
     "float32": as fitted. "auto": bfloat16 where the processor has it and `images` (a few of those to be scored) get the
@@ -84,6 +85,8 @@ def choose(model: FittedModel, images: Sequence[Image], wanted: Precision = "aut
     """
     if wanted not in PRECISIONS:
         raise ConfigError(f"precision {wanted!r}, expected one of {', '.join(PRECISIONS)}")
+    if not isinstance(model, FittedModel):
+        return Choice("float32", "an exported model keeps the precision it was exported in")
     pyramids = backbones(model)
     for each in pyramids:
         each.dtype = None

@@ -25,8 +25,6 @@ from umiad.evaluation import Evaluation, ScoredTest, judge, score_test
 from umiad.fitted import FittedModel, load
 from umiad.fitting import (
     Data,
-    Reporter,
-    Silent,
     as_dataset,
     case_image,
     fit_model,
@@ -38,6 +36,7 @@ from umiad.nn.resnet import ResNet
 from umiad.overlay import colour_scale
 from umiad.parameters import count
 from umiad.preprocess import original_size, to_input
+from umiad.progress import Reporter, Silent
 from umiad.splits import Split
 from umiad.strictjson import dump_bytes, load_object
 from umiad.training import LOG, Row

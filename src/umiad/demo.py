@@ -16,9 +16,9 @@ from umiad import api, batch, report_files
 from umiad import weights as backbones
 from umiad.diskfile import write_atomic
 from umiad.errors import InputError
-from umiad.fitting import Reporter
 from umiad.overlay import png_bytes
 from umiad.phantoms import write_phantoms
+from umiad.progress import Reporter
 from umiad.report import p_text
 
 MARK = "umiad-demo.json"

@@ -15,10 +15,11 @@ from umiad.data import DataSet
 from umiad.duplicates import CaseHashes
 from umiad.errors import InputError
 from umiad.fitted import FittedModel
-from umiad.fitting import Data, Reporter, Silent, as_dataset, usable_images
+from umiad.fitting import Data, as_dataset, usable_images
 from umiad.metrics import Curve, UndefinedMetric, pro_curve, roc_points
 from umiad.pixel_set import pixel_set
 from umiad.preprocess import resize_mask
+from umiad.progress import Reporter, Silent
 from umiad.rows import Rows
 from umiad.scoring import common
 from umiad.streamed_metrics import MAPS_AT_ONCE, PixelSummary, summarise_pixels

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,42 +11,30 @@ import numpy as np
 import torch
 
 from umiad import detectors, modelfile
-from umiad.calibration import NO_CALIBRATION, Calibration, fit_calibration, make_finding
-from umiad.config import Config, Preprocessing
+from umiad.calibration import fit_calibration
 from umiad.detectors.contract import Detector
 from umiad.errors import ConfigError, InputError, ModelFileError
 from umiad.features import device_of
-from umiad.inputs import ImageInput, iter_images
 from umiad.manifest import CONFIG
-from umiad.preprocess import original_size, resize_map, to_input
+from umiad.scorer import Scorer, ScoringConfig
 from umiad.splits import Split
-from umiad.types import FileOptions, Finding, Image, Scores
-
-BATCH_SIZE = 8
+from umiad.types import Image, Scores
 
 
-class SavedConfig(Config):
-    """What `config.json` of a saved model holds.
+class SavedConfig(ScoringConfig):
+    """What `config.json` of a saved model holds: what scoring needs, and how the detector is rebuilt."""
 
-    `map_reference` is the largest map value on normal images; it ties the colour scale of pictures where
-    there is no threshold. `provenance` tells where the model comes from.
-    """
-
-    detector: str
     detector_config: dict[str, Any]
-    preprocessing: Preprocessing
-    calibration: Calibration | None = None
     calibration_hashes: tuple[str, ...] = ()
-    map_reference: float
-    provenance: dict[str, str | int | float | None]
 
 
-class FittedModel:
+class FittedModel(Scorer):
     """What users hold after `fit` or `load`. Higher scores = more anomalous; scores are no probabilities.
 
     `model.score(x)` gives one `Finding` per image, `model.save(path)` writes it, `model.info` describes it.
-    `manifest_sha256` is that of the folder it was loaded from, "" for a model that was not loaded.
     """
+
+    config: SavedConfig
 
     def __init__(
         self,
@@ -58,67 +44,20 @@ class FittedModel:
         *,
         extras: Mapping[str, bytes] | None = None,
     ) -> None:
+        super().__init__(config)
         self.detector = detector
-        self.config = config
         self.split = split
         self.extras = dict(extras or {})
-        self.manifest_sha256 = ""
-
-    def __repr__(self) -> str:
-        facts = ", ".join(f"{key}={value}" for key, value in self.info.items() if value is not None)
-        return f"FittedModel({facts})"
-
-    @property
-    def info(self) -> dict[str, str | int | float | None]:
-        """Detector, size, provenance and thresholds in one flat dictionary."""
-        calibration = self.config.calibration
-        return {
-            "detector": self.config.detector,
-            "size": self.config.preprocessing.size,
-            **self.config.provenance,
-            "image_threshold": calibration.image_threshold if calibration else None,
-            "map_threshold": calibration.map_threshold if calibration else None,
-            "threshold_rule": calibration.rule if calibration else NO_CALIBRATION,
-        }
 
     def to(self, device: str) -> FittedModel:
         """Move the detector to "cpu", "cuda" or "mps"; returns the model itself."""
         self.detector.module.to(device)
         return self
 
-    def score(self, images: ImageInput, *, min_area: int = 1) -> list[Finding]:
-        """One `Finding` per image, in order; higher `image_score` = more anomalous.
-
-        `images`: a path (all frames or slices of a file of several), an array [H,W], [H,W,C] or [N,H,W] (uint8
-        0..255, uint16 0..65535, float 0..1), or a sequence of these of mixed sizes. Maps, boxes and areas are in the
-        original image's pixels; regions smaller than `min_area` pixels are left out. Raises InputError for what
-        cannot be used.
-        """
-        return [
-            self.finding(image, value, small_map, min_area=min_area)
-            for image, value, small_map in self.score_images(
-                iter_images(images, reading=self.config.preprocessing.reading)
-            )
-        ]
-
-    def file_options(self, files: FileOptions | None = None) -> FileOptions:
-        """How this model's files are opened: read as those it was fitted on; the rest as `files` says."""
-        preprocessing = self.config.preprocessing
-        if files is None:
-            return FileOptions(frames=preprocessing.frames, reading=preprocessing.reading)
-        return dataclasses.replace(files, reading=preprocessing.reading)
-
-    def score_images(self, images: Iterable[Image]) -> Iterator[tuple[Image, float, np.ndarray]]:
-        """Yield (image, image_score, anomaly_map [S,S] at the model's size), a batch of 8 at a time."""
-        stream = iter(images)
-        while batch := list(itertools.islice(stream, BATCH_SIZE)):
-            preprocessing = self.config.preprocessing
-            scores = self.score_inputs(
-                np.stack([to_input(each, preprocessing) for each in batch]),
-                [original_size(each, preprocessing) for each in batch],
-            )
-            maps, values = scores.anomaly_map.numpy(), scores.image_score.tolist()
-            yield from zip(batch, values, maps, strict=True)
+    def run(self, inputs: np.ndarray, sizes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Preprocessed inputs float32 [B,3,S,S] of images of `sizes` (H, W) -> maps [B,S,S], image scores [B]."""
+        scores = self.score_inputs(inputs, sizes)
+        return scores.anomaly_map.numpy(), scores.image_score.numpy()
 
     def score_inputs(self, inputs: np.ndarray, sizes: Sequence[tuple[int, int]]) -> Scores:
         """Scores of preprocessed inputs [B,3,S,S] of images of `sizes` (H, W), on the CPU.
@@ -130,17 +69,6 @@ class FittedModel:
             torch.from_numpy(inputs).to(device), original_size=torch.tensor(sizes).to(device)
         )
         return Scores(scores.anomaly_map.cpu(), scores.image_score.cpu())
-
-    def finding(
-        self, image: Image, image_score: float, small_map: np.ndarray, *, min_area: int = 1
-    ) -> Finding:
-        """Turn raw scores into a finding in the original image's pixels."""
-        anomaly_map = resize_map(small_map, image.size)
-        calibration, notes = self.config.calibration, image.notes
-        found = make_finding(
-            image.name, image_score, anomaly_map, calibration, min_area=min_area, notes=notes
-        )
-        return dataclasses.replace(found, frame=image.frame, spacing=image.spacing)
 
     def calibrated(self, images: Iterable[Image], hashes: Iterable[str], *, fpr: float) -> FittedModel:
         """A copy whose thresholds come from other normal images; the fitted detector is shared.

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from umiad.features import MEMORY_LIMIT, FeatureCache, Item
 from umiad.fitted import FittedModel, SavedConfig
 from umiad.inputs import iter_images
 from umiad.preprocess import check_usable, original_size, to_input
+from umiad.progress import Reporter, Silent
 from umiad.splits import Split, make_split
 from umiad.training import LOG, Row, TrainingRun, train
 from umiad.types import NORMAL, Case, FileOptions, Image
@@ -58,35 +59,6 @@ class FitOptions(Config):
     device: str = "auto"
     files: FileOptions = FileOptions()
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
-
-
-class Reporter(Protocol):
-    """Who is told how far a long job is."""
-
-    def stage(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` steps of the stage `name` are finished."""
-        ...
-
-    def epoch(self, row: Row) -> None:
-        """An epoch has ended; `row` is its line of the training log."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something the user should know."""
-        ...
-
-
-class Silent:
-    """The null reporter."""
-
-    def stage(self, name: str, done: int, total: int) -> None:
-        """Ignore."""
-
-    def epoch(self, row: Row) -> None:
-        """Ignore."""
-
-    def note(self, text: str) -> None:
-        """Ignore."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 from umiad import __version__, diskfile, strictjson, tensorfile
 from umiad import manifest as manifests
 from umiad.errors import DiskError, InputError, ModelFileError
-from umiad.manifest import CARD, CONFIG, MANIFEST, REQUIRED, SPLIT, WEIGHTS
+from umiad.manifest import CARD, CONFIG, MANIFEST, REQUIRED, SPLIT, WEIGHTS, Kind
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -88,13 +88,22 @@ def save(
         ModelFileError: tensors or extra names that `load` would refuse.
         DiskError: writing failed; with needed and free bytes.
     """
-    files = _contents(config, tensors, split, card=card, extras=extras or {})
+    return write_folder(Path(path), _contents(config, tensors, split, card=card, extras=extras or {}))
+
+
+def write_folder(path: Path, contents: Mapping[str, bytes], *, kind: Kind = manifests.MODEL) -> Path:
+    """Write these files (name -> content) and their manifest as a folder of this `kind`, as `save` does.
+
+    Raises InputError, ModelFileError and DiskError as `save` does.
+    """
+    manifest = strictjson.dump_bytes(manifests.build(contents, kind=kind), source=MANIFEST)
+    files = {**contents, MANIFEST: manifest}  # the manifest last
     target = Path(os.path.realpath(path))
     needed = sum(len(content) for content in files.values())
     with diskfile.disk_errors(target, needed=needed):
         target.parent.mkdir(parents=True, exist_ok=True)
         _restore(target)
-        check_target(target)
+        check_target(target, kind=kind)
         _clear_leftovers(target)
         _check_space(target, needed=needed)
         with _temporary_folder(target) as fresh:
@@ -103,7 +112,7 @@ def save(
             diskfile.sync_folder(fresh)
             aside = target.with_name(f".{target.name}.umiad-old-{secrets.token_hex(4)}")
             diskfile.swap_folder(fresh, target, aside=aside)
-    return Path(path)
+    return path
 
 
 def update(
@@ -191,8 +200,8 @@ def rebuild(saved: SavedModel, make: Callable[[], BuildableT]) -> BuildableT:
     return built
 
 
-def check_target(path: str | os.PathLike[str]) -> None:
-    """Check that `save` may write to `path`: nothing there, an empty folder, or only a model of ours.
+def check_target(path: str | os.PathLike[str], *, kind: Kind = manifests.MODEL) -> None:
+    """Check that `save` may write to `path`: nothing there, an empty folder, or only a model of ours of this `kind`.
 
     Raises:
         InputError: something else is there; names it.
@@ -204,7 +213,7 @@ def check_target(path: str | os.PathLike[str]) -> None:
         raise InputError(target, "is no folder, expected a model folder or nothing", hint)
     try:
         present = {entry.name for entry in target.iterdir()} - HARMLESS
-        owned = {MANIFEST, *manifests.read(target / MANIFEST)["files"]} if present else set()
+        owned = {MANIFEST, *manifests.read(target / MANIFEST, kind=kind)["files"]} if present else set()
     except OSError as error:
         raise InputError(target, f"cannot be read: {error.strerror or error}", hint) from error
     except ModelFileError as error:
@@ -279,7 +288,7 @@ def _contents(
     card: str,
     extras: Mapping[str, bytes],
 ) -> dict[str, bytes]:
-    """Every file of a model folder, name -> content, the manifest last. Raises as `save` does."""
+    """Every file of a model folder but its manifest, name -> content. Raises as `save` does."""
     files = dict(extras)
     if reserved := sorted({*REQUIRED, MANIFEST} & set(files)):
         raise ModelFileError(f"extra file {reserved[0]}: this name belongs to the model; choose another")
@@ -287,7 +296,6 @@ def _contents(
     files[SPLIT] = strictjson.dump_bytes(dict(split), source=SPLIT)
     files[CARD] = card.encode("utf-8", errors="backslashreplace")
     files[WEIGHTS] = tensorfile.to_bytes(tensors)
-    files[MANIFEST] = strictjson.dump_bytes(manifests.build(files), source=MANIFEST)
     return files
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image as Pillow
 
 from umiad.filerecord import FileRecord, Stored
-from umiad.fitted import FittedModel
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
 from umiad.preprocess import resize_map
+from umiad.scorer import Scorer
 from umiad.types import Finding, Geometry, Image
 
 
@@ -56,7 +56,7 @@ class Writer:
     Methods raise OSError when the disk does not take it.
     """
 
-    def __init__(self, model: FittedModel, out: Path, outputs: Outputs) -> None:
+    def __init__(self, model: Scorer, out: Path, outputs: Outputs) -> None:
         calibration = model.config.calibration
         self.scale = colour_scale(
             calibration.map_threshold if calibration else None, model.config.map_reference
@@ -116,7 +116,7 @@ class Writer:
         return _stored(path)
 
 
-def full_scale(model: FittedModel) -> float:
+def full_scale(model: Scorer) -> float:
     """The map value that 65535 stands for in maps of 16 bits: twice the threshold."""
     calibration = model.config.calibration
     return 2 * (calibration.map_threshold if calibration else model.config.map_reference)

@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
 
     from umiad.training import Row
+
+
+class Reporter(Protocol):
+    """Who is told how far a long job is."""
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """`done` of `total` steps of the stage `name` are finished."""
+        ...
+
+    def epoch(self, row: Row) -> None:
+        """An epoch has ended; `row` is its line of the training log."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+        ...
+
+
+class Silent:
+    """The null reporter."""
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Ignore."""
+
+    def epoch(self, row: Row) -> None:
+        """Ignore."""
+
+    def note(self, text: str) -> None:
+        """Ignore."""
 
 
 class RichReporter:

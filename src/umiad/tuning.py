@@ -31,11 +31,9 @@ from umiad.diskfile import MIB, read_regular, write_atomic
 from umiad.duplicates import case_sha256
 from umiad.errors import ConfigError, DiskError, InputError, ModelFileError, TrainingError
 from umiad.features import device_of
-from umiad.fitted import BATCH_SIZE, FittedModel
+from umiad.fitted import FittedModel
 from umiad.fitting import (
     Data,
-    Reporter,
-    Silent,
     as_dataset,
     case_image,
     fit_model,
@@ -43,6 +41,8 @@ from umiad.fitting import (
     split_data,
 )
 from umiad.preprocess import original_size, to_input
+from umiad.progress import Reporter, Silent
+from umiad.scorer import BATCH_SIZE
 from umiad.splits import Split, SplitEntry
 from umiad.strictjson import dump_bytes, load_object
 from umiad.training import Row

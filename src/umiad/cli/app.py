@@ -30,6 +30,8 @@ A first session:
   umiad compare DATA --detectors padim,egmf --out REPORT
                                             several detectors on the same split, in one report
   umiad tune DATA --out RESULT              compare settings where only normal images exist
+  umiad export MODEL --to onnx --out EXPORTED
+                                            score on a machine without torch
 
 DATA is a folder such as normal/ + abnormal/ (+ masks/), or the MVTec layout, or a .csv manifest
 (path,label,mask,patient,split). Higher scores are more anomalous; they are no probabilities.
@@ -107,6 +109,6 @@ def set_threads(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-from umiad.cli import compare, models, results, tools, tune  # noqa: E402 - the commands register themselves with `app`
+from umiad.cli import compare, export, models, results, tools, tune  # noqa: E402 - the commands register themselves with `app`
 
-__all__ = ["app", "compare", "models", "results", "tools", "tune"]
+__all__ = ["app", "compare", "export", "models", "results", "tools", "tune"]

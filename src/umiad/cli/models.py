@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from umiad.batch import ShardSummary
     from umiad.fitted import FittedModel
     from umiad.scorebook import Summary
+    from umiad.scorer import Scorer, ScoringConfig
     from umiad.types import FileOptions
 
 Data = Annotated[Path, typer.Argument(help="Folder of images, or a .csv manifest.", metavar="DATA")]
@@ -237,23 +238,25 @@ def score(
     Windows and axes are those the model was fitted with. DICOM files are named by a hash of their content.
 
     Writes scores.jsonl, maps/, pictures/, summary.json and report.html into OUT (with --shard: into OUT/shards).
-    Unreadable files are skipped, named and counted; the exit code is then 3.
+    Unreadable files are skipped, named and counted; the exit code is then 3. MODEL may also be what `umiad export`
+    wrote; it runs on the CPU, without torch.
     """
     from umiad.worklist import Shard
 
     part = None if shard is None else Shard.parse(shard)
-    set_threads(threads)
-    from umiad import api, batch, fitting
+    loaded = _scorer(model, manifest_sha256, device=device, threads=threads)
+    from umiad import batch
     from umiad.cli.results import show
 
-    loaded = api.load(model, manifest_sha256=manifest_sha256).to(fitting.resolve_device(device))
     outputs = batch.Outputs(pictures=pictures, maps=maps, min_area=min_area)
     files = file_options(
         frame, reading("file", "axial", "error"), follow=follow, show_names=show_names, default="all"
     )
     result: Summary | ShardSummary
     with RichReporter(console(err=True)) as reporter:
-        scorer = batch.Scorer(loaded, outputs=outputs, files=files, reporter=reporter, precision=precision)
+        scorer = batch.FileScorer(
+            loaded, outputs=outputs, files=files, reporter=reporter, precision=precision
+        )
         result = scorer.run(paths, out, resume=resume) if part is None else scorer.run_shard(paths, out, part)
     return show(result, out, json=json)
 
@@ -319,21 +322,39 @@ def calibrate(
 @app.command("inspect")
 @command
 def inspect(model: Model, json: Json = False) -> None:
-    """Show what a saved model is, where it comes from and how its threshold was chosen.
+    """Show what a saved or exported model is, where it comes from and how its threshold was chosen.
 
     `manifest_sha256` stands for the whole model: `umiad score --manifest-sha256` refuses any other.
     """
-    from umiad import api
+    from umiad import exported
     from umiad.duplicates import file_sha256
     from umiad.manifest import MANIFEST
 
-    loaded = api.load(model)
+    config: ScoringConfig
+    if exported.is_export(model):
+        config = exported.read(model)[0]
+    else:
+        from umiad import api
+
+        config = api.load(model).config
     digest = file_sha256(model / MANIFEST)
     if json:
-        print_json({"info": loaded.info, "manifest_sha256": digest, "config": loaded.config.canonical()})
+        print_json({"info": config.facts, "manifest_sha256": digest, "config": config.canonical()})
         return
-    for key, value in {**loaded.info, "manifest_sha256": digest}.items():
+    for key, value in {**config.facts, "manifest_sha256": digest}.items():
         typer.echo(f"{key:22} {'-' if value is None else value}")
+
+
+def _scorer(model: Path, manifest_sha256: str | None, *, device: str, threads: int | None) -> Scorer:
+    """A saved or an exported model, ready to score; only the saved one needs torch."""
+    from umiad import exported
+
+    if exported.is_export(model):
+        return exported.load(model, manifest_sha256=manifest_sha256, device=device, threads=threads)
+    set_threads(threads)
+    from umiad import api, fitting
+
+    return api.load(model, manifest_sha256=manifest_sha256).to(fitting.resolve_device(device))
 
 
 def _files(model: FittedModel, frame: str | None, *, follow: bool, show_names: bool) -> FileOptions:

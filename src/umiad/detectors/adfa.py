@@ -148,6 +148,8 @@ class Adfa:
         name="adfa",
         summary="trained descriptors and their soft distance to the nearest centroids",
         reference="Huang et al., ADFA, ICIP 2023, arXiv:2308.15280",
+        not_exported="its soft choice of the nearest centroids is a search whose length depends on the image, "
+        "and exported graphs know no loops",
     )
     Config = AdfaConfig
     presets: ClassVar[dict[str, dict[str, Any]]] = {

@@ -15,6 +15,7 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import seeded
 from umiad.nn.fibres import to_pixels
+from umiad.nn.parts import in_parts
 from umiad.nn.pixels import grey
 from umiad.nn.precision import exact
 from umiad.nn.vae import ConvolutionalCritic, Decoder, GaussianEncoder, kl_divergence, sample
@@ -148,7 +149,7 @@ class AnoVaeGan:
         """Mean absolute error of the restored images per pixel (grey values in 0..1), and the latents' KL in nats."""
         errors, divergences = [], []
         with evaluating(self.module):
-            for real in prepared["grey"].split(IMAGES_AT_ONCE):
+            for real in in_parts(prepared["grey"], IMAGES_AT_ONCE):
                 mean, log_variance = self.encoder(real)
                 errors.append((real - self.decoder(mean)).abs().flatten(1).mean(1))
                 divergences.append(kl_divergence(mean, log_variance))
@@ -165,7 +166,7 @@ class AnoVaeGan:
         check_fitted(fitted=self.fitted, name=self.info.name)
         maps = []
         with evaluating(self.module):
-            for real in prepared["grey"].split(IMAGES_AT_ONCE):
+            for real in in_parts(prepared["grey"], IMAGES_AT_ONCE):
                 residual = (real - self.decoder(self.encoder(real)[0])).abs()
                 maps.append(to_pixels(residual[:, 0], self.config.size))
             smoothed = smooth(torch.cat(maps), self.config.sigma)

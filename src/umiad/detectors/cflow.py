@@ -19,6 +19,7 @@ from umiad.errors import TrainingError
 from umiad.nn.coupling import AllInOneFlow, Subnet
 from umiad.nn.encoder import BACKBONES, Pyramid
 from umiad.nn.flow import position_encoding
+from umiad.nn.parts import in_parts
 from umiad.nn.precision import exact
 from umiad.scoring import smooth
 from umiad.types import Scores
@@ -117,10 +118,10 @@ class CflowNetwork(nn.Module):
     def log_likelihood(self, level: int, features: Tensor) -> Tensor:
         """The same for all cells of features [B,C,h,w] -> [B,h,w]."""
         parts = []
-        for images in features.split(IMAGES_AT_ONCE):
+        for images in in_parts(features, IMAGES_AT_ONCE):
             fibres = as_fibres(images)
-            index = torch.arange(len(fibres), device=fibres.device)
-            parts.append(self(level, fibres, index).view(len(images), *images.shape[-2:]))
+            index = torch.arange(fibres.shape[0], device=fibres.device)
+            parts.append(self(level, fibres, index).view(images.shape[0], *images.shape[-2:]))
         return torch.cat(parts)
 
 

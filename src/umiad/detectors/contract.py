@@ -21,7 +21,8 @@ class DetectorInfo:
     `closed_form` detectors collect statistics and finish; they have no gradients and no epochs. `uses_seed`,
     `uses_pixels`, `uses_size`: whether another seed, what is in the image, and the size of its file can change a
     score; `localises`: whether the map says more than the image score; `uses_backbone`: whether weights matter.
-    `not_saved`: why a model of it cannot be saved; empty where it can.
+    `not_saved`: why a model of it cannot be saved; empty where it can. `not_exported`: the same for export to other
+    runtimes, which know the pixels of an image only (what `uses_size` is never exported).
     """
 
     name: str
@@ -37,6 +38,7 @@ class DetectorInfo:
     uses_backbone: bool = True
     supports_resume: bool = True
     not_saved: str = ""
+    not_exported: str = ""
 
 
 @runtime_checkable

@@ -233,6 +233,6 @@ class AffineEGMF:
         found = {}
         for view, flow in self.flows.items():
             u, log_det = flow(fibres, twins)
-            log_dets = log_det.unflatten(0, (edge, edge)).expand(len(u), -1, -1)
+            log_dets = log_det.unflatten(0, (edge, edge)).expand(u.shape[0], -1, -1)
             found[view] = LIKELIHOODS[likelihood](on_grid(u, (edge, edge)), log_dets)
         return found

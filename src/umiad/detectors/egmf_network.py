@@ -116,7 +116,7 @@ class EGMFNetwork(nn.Module):
         f_edge = self.edge(f1, f2)  # EGM, Eq. 1-5
         guided = self.guidance(f_edge, f4)  # EAM, Eq. 6-8
         zs = [pool(f) for f in (f1, f2, f3, guided.f4_flow)]  # pyramid pooling
-        cs = [self.get_buffer(f"position{k}").expand(len(f1), -1, -1, -1) for k in (1, 2, 3, 4)]
+        cs = [self.get_buffer(f"position{k}").expand(f1.shape[0], -1, -1, -1) for k in (1, 2, 3, 4)]
         cs[3] = torch.cat([cs[3], pool(guided.condition)], dim=1)
         us, log_dets = zip(*(flow(z, c) for flow, z, c in zip(self.flows, zs, cs, strict=True)), strict=True)
         ys, fusion_log_det = self.fusion(us)  # MFF, Eq. 9

@@ -16,6 +16,7 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.nn.encoder import seeded
 from umiad.nn.fibres import to_pixels
 from umiad.nn.gan import Critic, Generator, LatentEncoder
+from umiad.nn.parts import in_parts
 from umiad.nn.pixels import grey
 from umiad.nn.precision import exact
 from umiad.nn.wgan import critic_loss, frozen, generator_loss
@@ -270,4 +271,4 @@ class FAnoGan:
 
 
 def _parts(prepared: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-    return prepared["grey"].split(IMAGES_AT_ONCE)
+    return in_parts(prepared["grey"], IMAGES_AT_ONCE)

@@ -18,6 +18,7 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.coupling import AllInOneFlow, convolutions
 from umiad.nn.encoder import BACKBONES, Pyramid
+from umiad.nn.parts import in_parts
 from umiad.nn.precision import exact
 from umiad.scoring import latent_log_likelihood, smooth
 from umiad.types import Scores
@@ -211,7 +212,7 @@ class Fastflow:
         with evaluating(self.module):
             total, dimensions = torch.zeros((), dtype=torch.float64), 0
             for flow, features in self._levels(prepared):
-                parts = [nats(*flow(images)) for images in features.split(IMAGES_AT_ONCE)]
+                parts = [nats(*flow(images)) for images in in_parts(features, IMAGES_AT_ONCE)]
                 total += exact(torch.cat(parts)).mean().cpu()
                 dimensions += features[0].numel()
             return {"nats_per_dim": float(_per_dim(total, dimensions))}
@@ -250,7 +251,7 @@ class Fastflow:
         """exp(-0.5 mean_c u^2) of one level, upsampled: float64 [B,S,S] in 0..1."""
         size = (self.config.size, self.config.size)
         parts = []
-        for images in features.split(IMAGES_AT_ONCE):
+        for images in in_parts(features, IMAGES_AT_ONCE):
             likeness = exact(latent_log_likelihood(flow(images)[0], None)).exp()[:, None]
             parts.append(F.interpolate(likeness, size=size, mode="bilinear", align_corners=False)[:, 0])
         return torch.cat(parts)

@@ -25,11 +25,14 @@ def check_fitted(*, fitted: bool, name: str) -> None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; every submodule's own mode is restored afterwards."""
+    """Evaluation mode and no gradients inside; every submodule's own mode is restored afterwards.
+
+    A graph that is traced for export knows no inference mode: there it is `no_grad`, which computes the same.
+    """
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad() if torch.compiler.is_exporting() else torch.inference_mode():
             yield
     finally:
         for part, training in modes:

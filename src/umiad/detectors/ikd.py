@@ -15,6 +15,7 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import Pyramid, grid
 from umiad.nn.fibres import to_pixels
+from umiad.nn.parts import in_parts
 from umiad.nn.shrink import SMALLEST_EDGE, shrink, stretch
 from umiad.nn.student import Mined, Student, mine
 from umiad.scoring import maximum, smooth
@@ -206,7 +207,7 @@ class Ikd:
         """Squared distance of the fibres per scale, all on the finest grid: [B,h,w], 0..4."""
         names = ["images", *(f"f{k}" for k in self.config.scales)]
         parts = []
-        for rows in zip(*(prepared[name].split(IMAGES_AT_ONCE) for name in names), strict=True):
+        for rows in zip(*(in_parts(prepared[name], IMAGES_AT_ONCE) for name in names), strict=True):
             pairs = self._pairs(dict(zip(names, rows, strict=True)))
             parts.append([(found - wanted).square().sum(1) for found, wanted in pairs])
         return [torch.cat(level) for level in zip(*parts, strict=True)]

@@ -15,6 +15,7 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
 from umiad.nn.mae import MaskedAutoencoder, Stack, masked_loss, partitions, random_visible
+from umiad.nn.parts import in_parts
 from umiad.nn.precision import exact
 from umiad.nn.vit import patchify, unpatchify
 from umiad.scoring import smooth, top_mean
@@ -294,7 +295,7 @@ class MedMae:
     def _portions(self, images: Tensor) -> Iterator[Tensor]:
         """The patches of so many images at a time as may pass the network together."""
         values = self.config.side**2 * max(self.config.width, self.config.decoder_width)
-        for part in images.split(max(1, VALUES_AT_ONCE // values)):
+        for part in in_parts(images, max(1, VALUES_AT_ONCE // values)):
             yield patchify(part, self.config.patch)
 
     def _residual(self, images: Tensor) -> Tensor:
@@ -308,7 +309,7 @@ class MedMae:
         config = self.config
         total = exact(torch.zeros_like(patches[..., : config.patch**2]))
         for visible in self.sets:
-            shown = visible.to(patches.device).expand(len(patches), -1)
+            shown = visible.to(patches.device).expand(patches.shape[0], -1)
             error = (self.network(patches, shown) - patches).unflatten(2, (-1, config.channels))
             total += exact(error.square().mean(3)).index_fill(1, visible.to(total.device), 0.0)
         return total / (config.rounds * (config.sets - 1))

@@ -18,6 +18,7 @@ from umiad.nn.cutpaste import CLASSES, three_way
 from umiad.nn.fibres import join, to_pixels
 from umiad.nn.ledoit_wolf import Gaussians, Moments
 from umiad.nn.medvit import DESIGNS, STRIDES, Features, MedVitNetwork
+from umiad.nn.parts import in_parts
 from umiad.nn.shrink import SMALLEST_EDGE, shrink
 from umiad.scoring import maximum, smooth
 from umiad.types import Scores
@@ -245,7 +246,7 @@ class MedVit:
 
     def _features(self, images: Tensor) -> Iterator[Features]:
         """What the network finds, without DropPath, in so many images at a time as may pass it together."""
-        for part in images.split(IMAGES_AT_ONCE):
+        for part in in_parts(images, IMAGES_AT_ONCE):
             yield self.network(part)
 
     def _fibres(self, found: Features) -> Tensor:

@@ -15,6 +15,7 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.detectors.mlfeu_objective import OBJECTIVES
 from umiad.nn.fibres import to_pixels
 from umiad.nn.mlfeu import MlfeuNet
+from umiad.nn.parts import in_parts
 from umiad.nn.pixels import grey
 from umiad.scoring import smooth, top_mean
 from umiad.types import Scores
@@ -196,4 +197,4 @@ class Mlfeu:
 
     def _portions(self, images: Tensor) -> tuple[Tensor, ...]:
         """Grey images [B,1,e,e], so many at a time as may pass the network together."""
-        return images.split(max(1, PIXELS_AT_ONCE // images[0].numel()))
+        return in_parts(images, max(1, PIXELS_AT_ONCE // images[0].numel()))

@@ -50,7 +50,7 @@ def image_top(values: Tensor, largest: float) -> Tensor:
 
 def possible_top(values: Tensor, largest: float) -> Tensor:
     """The largest value there can be, the same for every image."""
-    return values.new_full((len(values), 1, 1), largest)
+    return values.new_full((values.shape[0], 1, 1), largest)
 
 
 TOPS: dict[str, Top] = {"image": image_top, "none": possible_top}
@@ -225,7 +225,7 @@ class MSFlowNetwork(nn.Module):
 
     def _conditions(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return [
-            self.get_buffer(f"position{k}").expand(len(each), -1, -1, -1)
+            self.get_buffer(f"position{k}").expand(each.shape[0], -1, -1, -1)
             for k, each in enumerate(maps, start=1)
         ]
 

@@ -16,6 +16,7 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.errors import ModelFileError, TrainingError
 from umiad.nn.encoder import BACKBONES, Pyramid
 from umiad.nn.fibres import join, neighbourhood, to_pixels
+from umiad.nn.parts import in_parts
 from umiad.nn.precision import exact
 from umiad.scoring import smooth
 from umiad.types import Scores
@@ -61,10 +62,8 @@ class Bank(nn.Module):
         """
         half = self.fibres.square().sum(1) / 2
         rows = max(1, PAIRS_AT_ONCE // len(half))
-        index = torch.empty(len(fibres), dtype=torch.long, device=fibres.device)
-        for start in range(0, len(fibres), rows):
-            part = slice(start, start + rows)
-            index[part] = torch.addmm(half, fibres[part], self.fibres.T, beta=-1).argmax(1)
+        blocks = in_parts(fibres, rows)
+        index = torch.cat([torch.addmm(half, block, self.fibres.T, beta=-1).argmax(1) for block in blocks])
         return (fibres - self.fibres[index]).square().sum(1).sqrt(), index
 
     def weight(self, fibres: Tensor, index: Tensor, *, neighbours: int) -> Tensor:
@@ -75,7 +74,7 @@ class Bank(nn.Module):
         """
         count = min(neighbours, len(self.fibres))
         if count == 1:
-            return torch.ones(len(fibres), dtype=fibres.dtype, device=fibres.device)
+            return torch.ones(fibres.shape[0], dtype=fibres.dtype, device=fibres.device)
         items = self.fibres[index]
         half = self.fibres.square().sum(1) / 2
         around = torch.addmm(half, items, self.fibres.T, beta=-1).topk(count, dim=1).indices  # [B,b]
@@ -248,10 +247,12 @@ class PatchCore:
         features = prepared["features"]
         with evaluating(self.module):
             fibres = fibres_of(features)
-            distances, index = (each.unflatten(0, (len(features), -1)) for each in self.bank.nearest(fibres))
+            distances, index = (
+                each.unflatten(0, (features.shape[0], -1)) for each in self.bank.nearest(fibres)
+            )
             peak, place = distances.max(1)
-            image = torch.arange(len(features), device=place.device)
-            farthest = fibres.unflatten(0, (len(features), -1))[image, place]
+            image = torch.arange(features.shape[0], device=place.device)
+            farthest = fibres.unflatten(0, (features.shape[0], -1))[image, place]
             weight = self.bank.weight(farthest, index[image, place], neighbours=self.config.neighbours)
             maps = to_pixels(distances.unflatten(1, features.shape[-2:]), self.config.size)
             return Scores(smooth(maps, self.config.sigma), weight * peak)

@@ -15,6 +15,7 @@ from umiad.config import SIZE_MAX, SIZE_STEP, DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import Pyramid
+from umiad.nn.parts import in_parts
 from umiad.nn.precision import exact
 from umiad.nn.reverse import LEVELS, ReverseNetwork
 from umiad.nn.shrink import SMALLEST_EDGE, shrink, stretch
@@ -181,7 +182,7 @@ class Rd4ad:
     def _distances(self, prepared: Mapping[str, Tensor]) -> list[Tensor]:
         """1 - cosine of the restored and the teacher's fibres, per level: float64 [B,h_k,w_k], finest first."""
         parts = []
-        for wanted in zip(*(each.split(IMAGES_AT_ONCE) for each in _maps(prepared)), strict=True):
+        for wanted in zip(*(in_parts(each, IMAGES_AT_ONCE) for each in _maps(prepared)), strict=True):
             found = self.network(wanted)
             parts.append([cosine_distance(d, f) for d, f in zip(found, wanted, strict=True)])
         return [torch.cat(level) for level in zip(*parts, strict=True)]

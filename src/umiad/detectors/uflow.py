@@ -118,7 +118,7 @@ class UFlowNetwork(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Latents:
         """Features, finest first -> latents; `log_det` is the flow's, without that of the normalisation."""
         normalised = [norm(f) for norm, f in zip(self.norms, features, strict=True)]
-        z, us, log_det = normalised[-1], [], normalised[-1].new_zeros(len(normalised[-1]))
+        z, us, log_det = normalised[-1], [], normalised[-1].new_zeros(normalised[-1].shape[0])
         for k in range(len(self.flows) - 1, 0, -1):
             u, part = self.flows[k](z)
             passed = 4 * self.carried[k - 1]

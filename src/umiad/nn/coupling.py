@@ -59,7 +59,7 @@ class AllInOneFlow(nn.Module):
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map z -> (u, log_det [B]): the natural log of abs(det du/dz), one value per image (or fibre)."""
-        log_det = z.new_zeros(len(z))
+        log_det = z.new_zeros(z.shape[0])
         conditions = [] if c is None else [c]
         for block in self.blocks:
             (z,), part = block((z,), c=conditions)

@@ -52,6 +52,6 @@ class Descriptor(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """As the class says."""
-        where = coordinates(*features.shape[2:]).to(features).expand(len(features), -1, -1, -1)
+        where = coordinates(*features.shape[2:]).to(features).expand(features.shape[0], -1, -1, -1)
         phi: Tensor = self.conv(torch.cat([features, where], dim=1))
         return phi + self.strength * self.attention(phi)

@@ -99,7 +99,12 @@ class Pyramid(nn.Module):
         return tuple(name for name, _ in self.named_modules() if name and not name.startswith(deeper))
 
     def _network(self) -> Folded:
-        """The folded network, made anew whenever a weight has moved or changed."""
+        """The folded network, made anew whenever a weight has moved or changed.
+
+        While a graph is traced, weights are stand-ins without memory: the one made last is taken (score once before).
+        """
+        if self._folded is not None and torch.compiler.is_exporting():
+            return self._folded[1]
         held = [*self.parameters(), *self.buffers()]
         weights = tuple((each.data_ptr(), 0 if each.is_inference() else each._version) for each in held)
         if self._folded is None or self._folded[0] != (weights, self.dtype):

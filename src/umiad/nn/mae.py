@@ -57,13 +57,15 @@ class MaskedAutoencoder(nn.Module):
         What is not visible is left out before the first layer, so it cannot reach any.
         """
         shown = self.embed(pick(patches, visible)) + self.code[visible]
-        tokens: Tensor = self.encoder(torch.cat([self.class_token.expand(len(shown), -1, -1), shown], dim=1))
+        tokens: Tensor = self.encoder(
+            torch.cat([self.class_token.expand(shown.shape[0], -1, -1), shown], dim=1)
+        )
         return tokens
 
     def decode(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """Tokens [B,1+K,width] of `encode` -> predictions [B,N,P] of all patches."""
         known = self.decoder_embed(tokens)
-        count, width = len(known), known.shape[-1]
+        count, width = known.shape[0], known.shape[-1]
         places = visible[..., None].expand(-1, -1, width)
         full = self.mask_token.expand(count, self.cells, width).scatter(1, places, known[:, 1:])
         decoded = self.decoder(torch.cat([known[:, :1], full + self.decoder_code], dim=1))
