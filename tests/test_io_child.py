@@ -560,7 +560,7 @@ def test_a_busy_child_does_not_outlive_its_parent(trio, tmp_path):
         pids = json.loads(process.stdout.readline())
         time.sleep(0.5)
         process.kill()
-    assert gone(pids)
+    assert gone(pids, seconds=200.0)  # it ends by its processor time, of which a busy machine gives it little
 
 
 @needs_proc
