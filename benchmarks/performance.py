@@ -27,12 +27,13 @@ from speed import alternate
 from umiad import api, batch, weights
 from umiad.data import list_images
 from umiad.detectors.check import clean_images
-from umiad.fitted import BATCH_SIZE, FittedModel
+from umiad.fitted import FittedModel
 from umiad.io import read_image
 from umiad.nn.encoder import Pyramid, yardstick
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
 from umiad.phantoms import write_phantoms
 from umiad.preprocess import to_input
+from umiad.scorer import BATCH_SIZE
 
 TARGET = Path(__file__).parent / "results" / "performance.json"
 FOLDER, SOME = 500, 24
