@@ -22,3 +22,16 @@ def test_a_row_is_the_same_alone_and_among_many():
         alone = torch.cat([bmm_by_eights(part, matrices) for part in rows.split(count, dim=1)], dim=1)
         apart = (alone - together).abs().max() / together.abs().max()
         assert float(apart) <= 1e-6  # 0 on the processors tried; no library promises it
+
+
+def test_a_graph_with_a_free_number_of_rows_has_the_plain_product():
+    class Product(torch.nn.Module):
+        def forward(self, rows, matrices):
+            return bmm_by_eights(rows, matrices)
+
+    given = torch.ones(5, 3, 12), torch.ones(5, 12, 4)
+    program = torch.export.export(Product(), given, dynamic_shapes=({1: torch.export.Dim("rows")}, None))
+    for count in (2, 9):
+        found = program.module()(torch.ones(5, count, 12), given[1])
+        assert found.shape == (5, count, 4)
+        assert (found == 12).all()

@@ -13,8 +13,11 @@ def bmm_by_eights(rows: Tensor, matrices: Tensor) -> Tensor:
     """`torch.bmm` of rows [P,B,C] and matrices [P,C,R] -> [P,B,R], with B filled up to a multiple of 8.
 
     A row's product is then the same, bit for bit, whether it is alone or among many (as far as was seen; libraries
-    promise nothing). Little is lost: at such sizes reading the matrices is what takes the time.
+    promise nothing). Little is lost: at such sizes reading the matrices is what takes the time. In a graph that is
+    exported, where B is free, it is the plain product.
     """
+    if torch.compiler.is_exporting():
+        return torch.bmm(rows, matrices)
     count = rows.shape[1]
     missing = -count % ROWS
     if missing:
