@@ -178,3 +178,10 @@ def test_a_run_that_fails_puts_the_precision_back(model, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         batch.FileScorer(model, precision="bfloat16").run([path], tmp_path / "out")
     assert [each.dtype for each in bfloat16.backbones(model)] == [None]
+
+
+def test_on_an_accelerator_nothing_is_changed(model, images, monkeypatch):
+    monkeypatch.setattr(bfloat16, "device_of", lambda _: torch.device("cuda"))
+    choice = bfloat16.choose(model, images, "bfloat16")
+    assert (choice.precision, choice.parity) == ("float32", None)
+    assert "cuda" in choice.reason

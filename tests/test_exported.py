@@ -201,19 +201,21 @@ def test_an_exported_model_writes_what_a_fitted_one_writes(tmp_path):
     assert "runtime=onnx" in repr(model)
 
 
-def test_scoring_files_with_an_exported_model_leaves_torch_out(tmp_path):
+@pytest.mark.parametrize("precision", ["float32", "auto"])
+def test_scoring_files_with_an_exported_model_leaves_torch_out(tmp_path, precision):
     folder_of_images(tmp_path / "images", 2)
     code = (
         "import sys, numpy as np; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
         "from make_export import export_config\n"
-        "from umiad.batch import score_files; from umiad.exported import ExportedModel\n"
+        "from umiad.batch import FileScorer; from umiad.exported import ExportedModel\n"
         "def run(images):\n"
         "    return np.zeros((len(images), 64, 64), np.float32), np.zeros(len(images), np.float32)\n"
         "root = Path(sys.argv[1])\n"
-        "done = score_files(ExportedModel(export_config(), run), [root / 'images'], root / 'out')\n"
+        "scorer = FileScorer(ExportedModel(export_config(), run), precision=sys.argv[3])\n"
+        "done = scorer.run([root / 'images'], root / 'out')\n"
         "print(len(done.findings), 'torch' in sys.modules, 'lightning' in sys.modules)"
     )
-    words = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent)]
+    words = [sys.executable, "-c", code, str(tmp_path), str(Path(__file__).parent), precision]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False", "False"]
 

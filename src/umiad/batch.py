@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from umiad.cases import alias_of
 from umiad.errors import ConfigError, DiskError, InputError
+from umiad.exported import ExportedModel
 from umiad.filerecord import FileRecord, ImageRecord, Names, by_index
 from umiad.io import open_frames, pool
 from umiad.journal import UNFINISHED, Journal, Memory, Naming, ShardFacts, shard_folder, whole
@@ -29,6 +30,7 @@ from umiad.worklist import Shard, WorkList, find_work
 
 if TYPE_CHECKING:
     from umiad.bfloat16 import Precision
+    from umiad.fitted import FittedModel
 
 READ_AHEAD = 16
 MEGABYTE = 1_000_000
@@ -183,18 +185,21 @@ class FileScorer:
     @contextmanager
     def _running(self, work: WorkList) -> Iterator[None]:
         """Run the backbone in what `bfloat16.choose` decides, and say what that is; afterwards as it was fitted."""
-        if self._wanted == "float32":
+        if self._wanted == "float32" or isinstance(self._model, ExportedModel):
+            if self._wanted != "float32":
+                self._reporter.note("backbone in float32: an exported model keeps what it was exported in")
             yield
             return
         from umiad import bfloat16  # imports torch, which an exported model does without
 
-        choice = bfloat16.choose(self._model, list(self._probes(work, bfloat16.PROBES)), self._wanted)
+        model = cast("FittedModel", self._model)
+        choice = bfloat16.choose(model, list(self._probes(work, bfloat16.PROBES)), self._wanted)
         self._reporter.note(f"backbone in {choice.precision}: {choice.reason}")
         self._precision = choice.precision
         try:
             yield
         finally:
-            bfloat16.choose(self._model, [], "float32")
+            bfloat16.choose(model, [], "float32")
 
     def _probes(self, work: WorkList, count: int) -> Iterator[Image]:
         """The first image of each of `count` files, evenly spaced in the list; what cannot be read is passed over."""

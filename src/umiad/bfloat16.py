@@ -10,10 +10,11 @@ from typing import Literal
 import numpy as np
 import torch
 
+from umiad.agreement import map_difference, share
 from umiad.errors import ConfigError
+from umiad.features import device_of
 from umiad.fitted import FittedModel
 from umiad.nn.encoder import Pyramid
-from umiad.scorer import Scorer
 from umiad.types import Image
 
 Precision = Literal["float32", "auto", "bfloat16"]
@@ -30,7 +31,7 @@ class Parity:
     """How far scores in bfloat16 are from those in float32, over `images` images.
 
     `map_error`: largest change of a map value, as a share of that map's range. `score_error`: largest change of an
-    image score, as a share of the spread of scores. `decisions`: images that change sides of the threshold.
+    image score, as a share of the spread of scores. `decisions`: how many change, of an image or of its map.
     """
 
     images: int
@@ -75,7 +76,7 @@ def native() -> bool:
     return any(check is not None and check() for check in checks)
 
 
-def choose(model: Scorer, images: Sequence[Image], wanted: Precision = "auto") -> Choice:
+def choose(model: FittedModel, images: Sequence[Image], wanted: Precision = "auto") -> Choice:
     """Set what the model's backbone runs in from now on, and say why.
 
     "float32": as fitted. "auto": bfloat16 where the processor has it and `images` (a few of those to be scored) get the
@@ -85,8 +86,6 @@ def choose(model: Scorer, images: Sequence[Image], wanted: Precision = "auto") -
     """
     if wanted not in PRECISIONS:
         raise ConfigError(f"precision {wanted!r}, expected one of {', '.join(PRECISIONS)}")
-    if not isinstance(model, FittedModel):
-        return Choice("float32", "an exported model keeps the precision it was exported in")
     pyramids = backbones(model)
     for each in pyramids:
         each.dtype = None
@@ -94,6 +93,8 @@ def choose(model: Scorer, images: Sequence[Image], wanted: Precision = "auto") -
         return Choice("float32", "as fitted")
     if not pyramids:
         return Choice("float32", f"{model.config.detector} has no frozen backbone")
+    if (device := device_of(model.detector.module).type) != "cpu":
+        return Choice("float32", f"the model runs on {device}, and only processors are checked")
     if wanted == "auto" and not native():
         return Choice("float32", "this processor has no bfloat16")
     if not images:
@@ -112,22 +113,18 @@ def compare(model: FittedModel, images: Sequence[Image]) -> Parity:
         exact = list(model.score_images(images))
     with _precision(model, torch.bfloat16):
         rough = list(model.score_images(images))
-    maps = [
-        np.abs(a - b).max() / max(float(np.ptp(a)), 1e-12)
-        for (*_, a), (*_, b) in zip(exact, rough, strict=True)
-    ]
     before, after = (np.array([score for _, score, _ in each]) for each in (exact, rough))
-    threshold = model.config.calibration
-    changed = (
-        [threshold.is_above(a) != threshold.is_above(b) for a, b in zip(before, after, strict=True)]
-        if threshold
-        else []
-    )
+    calibration, changed = model.config.calibration, 0
+    if calibration is not None:
+        for (_, score, map_), (_, other, other_map) in zip(exact, rough, strict=True):
+            limit = calibration.map_threshold
+            changed += calibration.is_above(score) != calibration.is_above(other)
+            changed += bool(map_.max() > limit) != bool(other_map.max() > limit)
     return Parity(
         images=len(exact),
-        map_error=float(np.max(maps)),
-        score_error=float(np.abs(after - before).max() / _spread(model, before)),
-        decisions=sum(changed),
+        map_error=max(map_difference(a, b) for (*_, a), (*_, b) in zip(exact, rough, strict=True)),
+        score_error=share(float(np.abs(after - before).max()), _spread(model, before)),
+        decisions=changed,
     )
 
 

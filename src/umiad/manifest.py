@@ -46,20 +46,19 @@ _VERSION = re.compile(r"[0-9A-Za-z.+!-]{1,40}")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a folder of ours is: its `name` in the manifest, what people call it, and the files it must have."""
+    """What a folder of ours is: its `name` in the manifest, what people call it, and the files it must have.
+
+    `format`: the one that this umiad writes, and the newest that it reads.
+    """
 
     name: str
     noun: str
     required: tuple[str, ...]
-
-    @property
-    def format(self) -> int:
-        """The format that this umiad writes, and the newest that it reads."""
-        return FORMAT if self.name == MODEL.name else EXPORT_FORMAT
+    format: int
 
 
-MODEL = Kind("umiad model", "saved model", REQUIRED)
-EXPORT = Kind("umiad export", "exported model", (CONFIG, CARD))
+MODEL = Kind("umiad model", "saved model", REQUIRED, FORMAT)
+EXPORT = Kind("umiad export", "exported model", (CONFIG, CARD), EXPORT_FORMAT)
 _KINDS = {kind.name: kind for kind in (MODEL, EXPORT)}
 
 

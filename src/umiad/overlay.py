@@ -25,7 +25,7 @@ _BAR_WIDTH, _GAP, _BAR_HEIGHT = 16, 8, 128
 _PAPER, _INK, _TRUTH = (255, 255, 255), (32, 32, 32), (0, 230, 64)
 _OPACITY = 0.62
 PNG_LEVEL = 2
-"""zlib's level for pictures: a fifth of the time of its default, a seventh more bytes (BUSI)."""
+"""zlib's level for pictures, chosen for speed: packing them cost more than the backbone."""
 
 # Colours in OKLab (lightness, green-red, blue-yellow); lightness rises throughout, so that the order survives
 # in grey and for colour-blind readers. With a threshold the hue jumps from cold to warm at position 1/2.

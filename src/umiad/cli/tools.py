@@ -28,7 +28,7 @@ def detectors(
 ) -> None:
     """List the detectors, their presets and parameter counts per part (total, trainable; used in scoring).
 
-    Each is built and fitted briefly to see what scoring uses: all of them take some twenty seconds.
+    Each is built and fitted briefly to see what scoring uses, so all of them take a while.
     """
     from umiad.parameters import parameter_table
 

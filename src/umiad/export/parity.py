@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from umiad.agreement import map_difference, share
 from umiad.calibration import Calibration
 from umiad.cases import expand
 from umiad.data import list_images
@@ -27,8 +27,6 @@ BATCH = 3
 MOST_IMAGES = 64
 """Of the images that are named, so many are compared, evenly chosen."""
 PHANTOMS = 12
-FLAT = 1e-6
-"""A map whose range is a smaller share of its largest value is flat: differences are then taken of that value."""
 
 
 def phantom_images(size: int) -> list[Image]:
@@ -92,24 +90,15 @@ def _differences(
     """Per image of a batch: difference of map and score, and the verdict on each decision."""
     rows = []
     for map_, score, other_map, other_score in zip(*expected, *found, strict=True):
-        highest = float(np.abs(map_).max())
-        spread = float(np.ptp(map_))
-        far = _share(float(np.abs(other_map - map_).max()), spread if spread > FLAT * highest else highest)
         decisions = []
         if calibration is not None:
             decisions = [
                 _verdict(float(score), float(other_score), calibration.image_threshold),
                 _verdict(float(map_.max()), float(other_map.max()), calibration.map_threshold),
             ]
-        rows.append((far, _share(abs(float(other_score) - float(score)), abs(float(score))), decisions))
+        far = share(abs(float(other_score) - float(score)), abs(float(score)))
+        rows.append((map_difference(map_, other_map), far, decisions))
     return rows
-
-
-def _share(difference: float, whole: float) -> float:
-    """`difference` as a share of `whole`; infinite where it is no number, or a difference from nothing."""
-    if difference == 0:
-        return 0.0
-    return difference / whole if math.isfinite(difference) and whole > 0 else math.inf
 
 
 def _verdict(expected: float, found: float, threshold: float) -> str:
