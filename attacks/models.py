@@ -252,7 +252,7 @@ PLACES: dict[str, Callable[[Path, Path], object]] = {
 
 
 def _m4_to_m7() -> Iterator[Attack]:
-    newer = manifests.FORMAT + 1
+    newer = manifests.MODEL.format + 1
     yield Attack("M4", "a newer format", _set(format=newer, umiad_version="9.1"), "pip install 'umiad>=9.1'")
     for value in (0, -1, None, True, "1", 1.0, [1]):
         yield Attack("M4", f"format {value!r}", _set(format=value), "format is")

@@ -97,7 +97,7 @@ def test_M6_another_manifest_than_the_pinned_one_is_refused(folder):
 def test_M6_a_future_format_names_the_umiad_that_reads_it(folder):
     path = folder / "manifest.json"
     facts = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps({**facts, "format": manifest.EXPORT_FORMAT + 1, "umiad_version": "9.0"}))
+    path.write_text(json.dumps({**facts, "format": manifest.EXPORT.format + 1, "umiad_version": "9.0"}))
     with pytest.raises(ModelFileError, match=r"reads up to 1; .* pip install 'umiad>=9.0'"):
         exported.read(folder)
 

@@ -47,7 +47,7 @@ MODELS = [(folder, name) for folder in FORMATS for name in read(GOLDEN / folder 
 
 
 def test_M4_every_format_has_its_golden_models():
-    assert set(FORMATS) == {f"model-{number}" for number in range(1, manifest.FORMAT + 1)}
+    assert set(FORMATS) == {f"model-{number}" for number in range(1, manifest.MODEL.format + 1)}
 
 
 @pytest.mark.parametrize("folder", FORMATS)
@@ -77,7 +77,7 @@ def test_M4_golden_models_are_described_and_can_be_saved_again(folder, name, tmp
     assert model.info["n_train"] == 8
     assert (model.config.calibration.n, len(model.fitted_hashes())) == (2, 10)
     before, after = modelfile.load(GOLDEN / folder / name), modelfile.load(model.save(tmp_path / "again"))
-    assert after.manifest["format"] == manifest.FORMAT
+    assert after.manifest["format"] == manifest.MODEL.format
     assert after.tensors.keys() == before.tensors.keys()
     assert all(bool((after.tensors[key] == tensor).all()) for key, tensor in before.tensors.items())
     assert (after.split, after.extras) == (before.split, before.extras)
@@ -117,7 +117,7 @@ def stepped(saved):
 
 
 def test_M4_an_older_model_is_migrated_step_by_step(model, monkeypatch):
-    monkeypatch.setattr(manifest, "FORMAT", 3)
+    monkeypatch.setitem(vars(manifest.MODEL), "format", 3)  # frozen
     monkeypatch.setattr(modelfile, "MIGRATIONS", {1: renamed, 2: stepped})
     saved = modelfile.load(model)
     assert saved.config == OLD | {"step": 2}
@@ -129,7 +129,7 @@ def test_M4_an_older_model_is_migrated_step_by_step(model, monkeypatch):
 
 
 def test_M4_an_older_model_without_a_step_is_refused(model, monkeypatch):
-    monkeypatch.setattr(manifest, "FORMAT", 3)
+    monkeypatch.setitem(vars(manifest.MODEL), "format", 3)  # frozen
     monkeypatch.setattr(modelfile, "MIGRATIONS", {1: renamed})
     with pytest.raises(
         ModelFileError, match=r"format 1, this umiad .* reads 3 and knows no step from 2; use umiad"
@@ -138,4 +138,4 @@ def test_M4_an_older_model_without_a_step_is_refused(model, monkeypatch):
 
 
 def test_M4_every_older_format_has_its_step():
-    assert set(modelfile.MIGRATIONS) == set(range(1, manifest.FORMAT))
+    assert set(modelfile.MIGRATIONS) == set(range(1, manifest.MODEL.format))

@@ -27,7 +27,6 @@ MANIFEST, CONFIG, WEIGHTS, SPLIT, CARD = (
 )
 GRAPH, IR_GRAPH, IR_WEIGHTS = "model.onnx", "model.xml", "model.bin"
 REQUIRED = (CONFIG, WEIGHTS, SPLIT, CARD)
-FORMAT, EXPORT_FORMAT = 1, 1
 MAX_JSON_BYTES = 1 * diskfile.MIB
 MAX_OTHER_BYTES = 64 * diskfile.MIB
 MAX_GRAPH_BYTES = (2 << 30) - 1  # what one protobuf message may hold
@@ -57,8 +56,8 @@ class Kind:
     format: int
 
 
-MODEL = Kind("umiad model", "saved model", REQUIRED, FORMAT)
-EXPORT = Kind("umiad export", "exported model", (CONFIG, CARD), EXPORT_FORMAT)
+MODEL = Kind("umiad model", "saved model", REQUIRED, format=1)
+EXPORT = Kind("umiad export", "exported model", (CONFIG, CARD), format=1)
 _KINDS = {kind.name: kind for kind in (MODEL, EXPORT)}
 
 

@@ -50,7 +50,7 @@ class SavedModel:
 Migration: TypeAlias = Callable[[SavedModel], SavedModel]
 MIGRATIONS: dict[int, Migration] = {}
 """Format n -> what turns a model of format n into one of n + 1. Every older format that is still read has its steps
-here; an entry goes in together with a higher `manifest.FORMAT`. There is one format so far."""
+here; an entry goes in together with a higher `manifest.MODEL.format`. There is one format so far."""
 
 
 class Buildable(Protocol):
@@ -227,11 +227,12 @@ def check_target(path: str | os.PathLike[str], *, kind: Kind = manifests.MODEL) 
 def _migrated(saved: SavedModel) -> SavedModel:
     """The model in today's format. Raises ModelFileError where a step is missing."""
     written, version = saved.manifest["format"], saved.manifest["umiad_version"]
-    for number in range(written, manifests.FORMAT):
+    for number in range(written, manifests.MODEL.format):
         if number not in MIGRATIONS:
             raise ModelFileError(
-                f"{saved.path / MANIFEST}: format {written}, this umiad {__version__} reads {manifests.FORMAT} and "
-                f"knows no step from {number}; use umiad {version}, which wrote it, or fit the model again"
+                f"{saved.path / MANIFEST}: format {written}, this umiad {__version__} reads "
+                f"{manifests.MODEL.format} and knows no step from {number}; use umiad {version}, which wrote it, "
+                "or fit the model again"
             )
         saved = replace(MIGRATIONS[number](saved), path=saved.path, manifest=saved.manifest)
     return saved
