@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from umiad import detectors
 from umiad.config import TrainingConfig
 from umiad.detectors.check import clean_images, fit_quickly
-from umiad.detectors.medvit import MedVit, MedVitConfig
+from umiad.detectors.medvit import MedVit
+from umiad.detectors.medvit_taught import TaughtConfig, TaughtMedVit
 from umiad.errors import ConfigError, InputError, NotFittedError, TrainingError
 from umiad.features import FeatureCache
 from umiad.interrupt import Interrupted
@@ -30,7 +31,7 @@ def fitted():
 
 def copied(detector, **settings):
     """The same fitted state under other settings that leave its shapes alone."""
-    config = MedVitConfig.parse({**detector.config.canonical(), **settings})
+    config = TaughtConfig.parse({**detector.config.canonical(), **settings})
     other = MedVit(config, None)
     other.load_state(detector.state())
     return other
@@ -214,7 +215,7 @@ def test_the_official_layout_is_another_model_that_can_be_saved():
 
 @pytest.mark.parametrize(("edge", "size", "side"), [(128, 256, 16), (224, 64, 8), (96, 96, 12)])
 def test_maps_follow_the_smaller_of_edge_and_size(edge, size, side):
-    config = MedVitConfig(edge=edge, size=size)
+    config = TaughtConfig(edge=edge, size=size)
     assert (config.working_edge, config.positions) == (min(edge, size), side**2)
 
 
@@ -241,7 +242,7 @@ def test_channels_are_drawn_from_the_seed():
 )
 def test_impossible_settings_are_refused(values, words):
     with pytest.raises(ConfigError, match=words):
-        MedVitConfig.parse(values)
+        TaughtConfig.parse(values)
 
 
 def test_the_paper_preset_has_the_published_constants():
@@ -269,5 +270,5 @@ def test_the_other_presets_cut_edge_and_epochs():
 
 def test_it_declares_itself_adapted_and_says_why():
     assert (MedVit.info.fidelity, MedVit.info.uses_backbone) == ("adapted", False)
-    assert MedVit.__doc__.count("Our choice:") >= 4
-    assert "docs/decisions/0009-medvit.md" in MedVit.__doc__
+    assert TaughtMedVit.__doc__.count("Our choice:") >= 4
+    assert "docs/decisions/0009-medvit.md" in TaughtMedVit.__doc__

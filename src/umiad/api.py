@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umiad import detectors, sam
+from umiad import detectors, medvit_checkpoint, sam
 from umiad import weights as backbones
 from umiad.cases import expand
 from umiad.config import check_size
@@ -53,7 +53,8 @@ def build(
     else download), "random", a label in the cache, or a file. `size`: edge in pixels the images are stretched to,
     a multiple of 32 from 64 up. `settings` override fields of the preset, for example
     {"fusion": "none"} or {"training": {"epochs": 5}}. {"edge": "sam", "sam": FOLDER} takes edges from a SAM
-    checkpoint, see `umiad.sam`.
+    checkpoint, see `umiad.sam`; {"checkpoint": FILE} gives "medvit" the features of a trained MedViTV2, see
+    `umiad.medvit_checkpoint`.
 
     Raises ConfigError for an unknown name or value, InputError or ModelFileError for unusable weights.
     """
@@ -67,6 +68,9 @@ def build(
             folder, preset=preset, weights=weights, size=size, seed=seed, settings=overrides
         )
         return made
+    if detector == "medvit" and (file := overrides.pop(medvit_checkpoint.SETTING, None)) is not None:
+        made = medvit_checkpoint.build(file, preset=preset, size=size, seed=seed, settings=overrides)
+        return made  # noqa: RET504 - a ModuleDict as `module`, which the protocol's type does not see
     cls = detectors.detector_class(detector)
     chosen = _weights(
         os.fspath(weights), str(overrides.get("backbone", "resnet18")), needed=cls.info.uses_backbone

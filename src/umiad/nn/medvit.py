@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -271,8 +271,16 @@ class MedVitNetwork(nn.Module):
                     inputs = dims[stage]
                 self.stages.append(blocks)
             self.norm = nn.BatchNorm2d(inputs)
-            self.head = nn.Linear(inputs, classes)
+            self.head: nn.Module = nn.Linear(inputs, classes)
             self.apply(_start)
+
+    def without_classifier(self) -> Self:
+        """This network, less what no feature depends on: the head, and the published code's unused feed-forwards."""
+        self.head = nn.Identity()
+        for part in self.modules():
+            if isinstance(part, GlobalBlock) and hasattr(part, "unused"):
+                del part.unused
+        return self
 
     def forward(self, images: Tensor, rng: torch.Generator | None = None) -> Features:
         """Images [B,3,S,S] -> maps and embedding; with `rng`, which draws it, DropPath is on."""
