@@ -203,6 +203,13 @@ def fit_intensity(folder, notes):
     return umiad.fit(umiad.build("intensity", size=SIZE), folder, options=options, reporter=Notes())
 
 
+def test_compact_features_change_a_closed_form_by_rounding_alone(model, data, tmp_path):
+    compact = fit(data, tmp_path, compact_features=True)
+    exact, found = model.score(image())[0].image_score, compact.score(image())[0].image_score
+    assert found != exact
+    assert found == pytest.approx(exact, rel=2e-3)
+
+
 def test_calibrating_on_other_normals_moves_the_threshold_only(model, data, tmp_path):
     site = tiny_set(tmp_path / "set", n_normal=20, n_abnormal=0, size=80, seed=5)
     fresh = umiad.calibrate(model, site / "normal", fpr=0.1)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from umiad.errors import DiskError
+from umiad.errors import DiskError, TrainingError
 from umiad.features import FeatureCache
 
 
@@ -45,6 +45,36 @@ def test_equal_images_are_prepared_once():
     assert (detector.seen, cache.unique, len(cache)) == (3, 3, 5)
     assert torch.equal(cache.rows([2])["twice"], cache.rows([0])["twice"])
     assert seen[-1] == (3, 3)
+
+
+@pytest.mark.parametrize("memory_limit", [1 << 30, 0])
+def test_compact_rows_are_the_features_rounded_to_float16(tmp_path, memory_limit):
+    pairs = images(5)
+    with FeatureCache(
+        [k for k, _, _ in pairs], memory_limit=memory_limit, folder=tmp_path, compact=True
+    ) as cache:
+        cache.fill(Doubling(), pairs, batch_size=2)
+        held = sum(file.stat().st_size for file in tmp_path.rglob("*.bin"))
+        assert held == (0 if memory_limit else 5 * (3 * 16 + 1) * 2)
+        rows = cache.rows([4, 1])
+        for row, k in enumerate((4, 1)):
+            exact = torch.from_numpy(pairs[k][1]) * 2
+            assert rows["twice"].dtype == torch.float32
+            assert torch.equal(rows["twice"][row], exact.half().float())
+            assert torch.allclose(rows["twice"][row], exact, rtol=2**-11)
+
+
+def test_whole_numbers_are_not_rounded():
+    detector = Doubling()
+    detector.prepare = lambda images, original_size=None: {"count": original_size * 100_001}
+    cache = FeatureCache(["key0"], compact=True).fill(detector, images(1))
+    assert cache.rows([0])["count"].tolist() == [[400_004, 400_004]]
+
+
+def test_features_that_float16_cannot_hold_are_refused():
+    [(key, image, size)] = images(1)
+    with pytest.raises(TrainingError, match=r"features 'twice' reach .* fit without compact features"):
+        FeatureCache([key], compact=True).fill(Doubling(), [(key, image * 1e6, size)])
 
 
 def test_a_full_disk_is_said_before_anything_is_computed_twice(tmp_path, monkeypatch):

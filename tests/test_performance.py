@@ -53,8 +53,21 @@ def test_growth_has_its_exponent_and_its_plot(pages, monkeypatch, tmp_path):
 
 def test_the_committed_page_is_the_one_of_the_committed_results(pages):
     assert pages.PAGE.read_text() == pages.page(
-        pages.load("performance.json"), pages.load("speed_metrics.json") or []
+        pages.load("performance.json"),
+        pages.load("speed_metrics.json") or [],
+        pages.load("compact_features.json") or [],
     )
+
+
+def test_compact_features_stand_beside_exact_ones(pages):
+    metrics = {"det_auroc": 66.5, "seg_auroc": None, "seg_aupro": None}
+    row = {"dataset": "head_ct", "detector": "padim", "preset": "default", "weights": "w", "commit": "abc"}
+    row |= {
+        "metrics": {"float32": metrics, "float16": {**metrics, "det_auroc": 66.75}},
+        "scores_apart": 0.00123,
+    }
+    text = pages.page({}, [], [row])
+    assert "| head_ct | padim, default | 66.50 -> 66.75 | - | - | 1.2e-03 | w | abc |" in text
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms(pages):

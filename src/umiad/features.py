@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from umiad.errors import DiskError
+from umiad.errors import DiskError, TrainingError
 
 if TYPE_CHECKING:
     from umiad.detectors.contract import Detector
@@ -31,16 +31,23 @@ class FeatureCache:
 
     Up to `memory_limit` bytes the rows live in memory, above it in a memory-mapped temporary folder that
     `close` (or leaving the `with` block) removes. `keys` name the images (content hash, and variant such
-    as a flip); a key that occurs twice is stored once.
+    as a flip); a key that occurs twice is stored once. `compact`: float32 features are kept in float16, half the room,
+    and come back as float32, rounded to 11 bits; what that does to accuracy is in docs/performance.md.
     """
 
     def __init__(
-        self, keys: Sequence[str], *, memory_limit: int = MEMORY_LIMIT, folder: Path | None = None
+        self,
+        keys: Sequence[str],
+        *,
+        memory_limit: int = MEMORY_LIMIT,
+        folder: Path | None = None,
+        compact: bool = False,
     ) -> None:
         self.keys = tuple(keys)
         self._row_of = {key: row for row, key in enumerate(dict.fromkeys(keys))}
         self._rows = [self._row_of[key] for key in keys]
-        self._limit = memory_limit
+        self._limit, self._compact = memory_limit, compact
+        self._packed: frozenset[str] = frozenset()
         self._parent = folder
         self._folder: Path | None = None
         self._store: dict[str, Tensor] = {}
@@ -67,7 +74,8 @@ class FeatureCache:
     def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The prepared features of images `indices`, in that order; raises IndexError out of range."""
         rows = torch.tensor([self._rows[index] for index in indices])
-        return {name: values[rows] for name, values in self._store.items()}
+        found = {name: values[rows] for name, values in self._store.items()}
+        return {name: values.float() if name in self._packed else values for name, values in found.items()}
 
     def fill(
         self,
@@ -77,7 +85,10 @@ class FeatureCache:
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> FeatureCache:
-        """Prepare each distinct key once. `images` yields (key, input [3,S,S], original (H, W)) in any order."""
+        """Prepare each distinct key once. `images` yields (key, input [3,S,S], original (H, W)) in any order.
+
+        Raises DiskError where there is no room, TrainingError where `compact` cannot hold a feature.
+        """
         done: set[str] = set()
         device = device_of(detector.module)
         for batch in _batches(_first_of_each(images), batch_size):
@@ -88,7 +99,7 @@ class FeatureCache:
             if not self._store:
                 self._allocate(prepared)
             for name, values in prepared.items():
-                self._store[name][rows] = values.cpu()
+                self._store[name][rows] = self._kept(name, values.cpu())
             done.update(key for key, _, _ in batch)
             if progress is not None:
                 progress(len(done), len(self._row_of))
@@ -101,11 +112,26 @@ class FeatureCache:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
+    def _kept(self, name: str, values: Tensor) -> Tensor:
+        """Values as they are stored. Raises TrainingError for those beyond float16 where that is wanted."""
+        if name not in self._packed:
+            return values
+        packed = values.half()
+        if not bool(torch.isfinite(packed).all()):
+            raise TrainingError(
+                f"features {name!r} reach {float(values.abs().max()):.3g}, more than float16 holds (65504): "
+                "fit without compact features"
+            )
+        return packed
+
     def _allocate(self, prepared: dict[str, Tensor]) -> None:
         n = len(self._row_of)
-        needed = sum(n * values[0].numel() * values.element_size() for values in prepared.values())
+        if self._compact:
+            self._packed = frozenset(k for k, values in prepared.items() if values.dtype == torch.float32)
+        kept = {k: torch.float16 if k in self._packed else values.dtype for k, values in prepared.items()}
+        needed = sum(n * values[0].numel() * kept[k].itemsize for k, values in prepared.items())
         if needed <= self._limit:
-            self._store = {k: torch.empty((n, *v.shape[1:]), dtype=v.dtype) for k, v in prepared.items()}
+            self._store = {k: torch.empty((n, *v.shape[1:]), dtype=kept[k]) for k, v in prepared.items()}
             return
         self._folder = Path(tempfile.mkdtemp(prefix="umiad-features-", dir=self._parent))
         free = shutil.disk_usage(self._folder).free
@@ -117,7 +143,7 @@ class FeatureCache:
                 "(set TMPDIR to a larger disk, or fit on fewer images)"
             )
         for name, values in prepared.items():
-            shape, dtype = (n, *values.shape[1:]), values.cpu().numpy().dtype
+            shape, dtype = (n, *values.shape[1:]), torch.empty(0, dtype=kept[name]).numpy().dtype
             mapped = np.memmap(self._folder / f"{name}.bin", dtype=dtype, mode="w+", shape=shape)
             self._store[name] = torch.from_numpy(mapped)
 

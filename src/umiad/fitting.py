@@ -45,7 +45,7 @@ class FitOptions(Config):
     rate of the threshold. `on_error` "fail" refuses unreadable files, "skip" leaves them out and names them.
     `equalise`: see `Preprocessing`. `skip_nonfinite`: so many batches with a loss that is not finite are left out
     and named before training stops. `files`: how files are found and opened. `memory_limit`: bytes of features kept
-    in memory before they go to disk.
+    in memory before they go to disk; `compact_features`: keep them in float16, half the room (see `FeatureCache`).
     """
 
     holdout: float = Field(default=0.2, ge=0, lt=0.9)
@@ -59,6 +59,7 @@ class FitOptions(Config):
     device: str = "auto"
     files: FileOptions = FileOptions()
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
+    compact_features: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,7 @@ def _run_facts(job: _Job, split: Split) -> dict[str, object]:
         "config": job.detector.config.canonical(),
         "preprocessing": job.preprocessing.canonical(),
         "split": split.digest,
+        "compact_features": job.options.compact_features,
     }
 
 
@@ -246,7 +248,8 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
     train_keys, holdout_keys = material.split.hashes("train"), material.split.hashes("holdout")
     keys, n_train = [*train_keys, *holdout_keys], len(train_keys)
     job.detector.module.to(job.options.device)
-    with FeatureCache(keys, memory_limit=job.options.memory_limit) as cache:
+    options = job.options
+    with FeatureCache(keys, memory_limit=options.memory_limit, compact=options.compact_features) as cache:
         cache.fill(
             job.detector,
             _items(keys, material, job.preprocessing),

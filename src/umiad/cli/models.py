@@ -139,6 +139,10 @@ def fit(
             help="Leave out so many batches whose loss is not finite, then stop.",
         ),
     ] = 0,
+    compact_features: Annotated[
+        bool,
+        typer.Option("--compact-features", help="Keep frozen features in float16: half the memory or disk."),
+    ] = False,
     device: Device = "auto",
     threads: Threads = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted fit.")] = False,
@@ -171,6 +175,7 @@ def fit(
         equalise=equalise,
         on_error=on_error,
         skip_nonfinite=skip_nonfinite,
+        compact_features=compact_features,
         device=device,
         files=file_options(frame, reading(window, axis, nan), follow=follow, show_names=show_names),
     )
