@@ -28,6 +28,7 @@ from umiad.data import load_data
 from umiad.fitting import case_image, split_data
 from umiad.preprocess import to_input
 from umiad.progress import RichReporter
+from umiad.weights import resolve
 
 FOLDS, STRENGTH, BATCH = 5, 0.01, 8
 
@@ -76,7 +77,8 @@ def main() -> None:
             "folds": values,
             "n": len(labels),
         }
-    write(target, {"rows": rows, "strength": STRENGTH, "commit": CODE})
+    label = resolve(options.weights).label
+    write(target, {"rows": rows, "strength": STRENGTH, "weights": label, "seed": 0, "commit": CODE})
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import scipy
 import sklearn
 from scipy import ndimage
 
+from paper_protocol import CODE
 from umiad import bootstrap, metrics, streamed_metrics
 
 TARGET = Path(__file__).parent / "results" / "speed_metrics.json"
@@ -144,6 +145,7 @@ def measure(name: str) -> dict[str, Any]:
         "seconds": round(min(seconds), 2),
         "processor_seconds": round(min(busy), 2),
         "peak_gb": round(max(peaks), 2),
+        "commit": CODE,
         "versions": {
             "python": platform.python_version(),
             "numpy": np.__version__,

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from paper_protocol import CODE
 from umiad import api
 from umiad.io import Limits, read_frames
 from umiad.phantoms import write_phantoms
@@ -73,6 +74,9 @@ def main() -> None:
         "bytes": sum(os.path.getsize(path) for path in files),
         "threads": torch.get_num_threads(),
         "repeats": options.repeats,
+        "weights": model.info["weights"],
+        "torch": torch.__version__,
+        "commit": CODE,
         "read_ratio": round(found["read_isolated"] / found["read_here"], 3),
         "added_to_scoring": round(found["score_isolated"] / found["score_here"] - 1, 4),
         "read_added_per_score": round((found["read_isolated"] - found["read_here"]) / found["score_here"], 4),

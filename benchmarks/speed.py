@@ -21,11 +21,13 @@ from typing import Any
 
 import torch
 
+from paper_protocol import CODE
 from umiad.api import FitOptions, build, fit, load
 from umiad.detectors.check import clean_images, fit_quickly
 from umiad.detectors.contract import Detector
 from umiad.nn.encoder import yardstick
 from umiad.phantoms import write_phantoms
+from umiad.weights import resolve
 
 TARGET = Path(__file__).parent / "results" / "speed_detectors.json"
 GOALS = {
@@ -146,7 +148,8 @@ def measure(name: str, weights: str, *, figures: str) -> dict[str, Any]:
         found |= measure_speed(name, weights)
     if "memory" in figures:
         found |= measure_memory(name, weights)
-    return {key: {"value": round(value, 3), "goal": GOALS.get(key)} for key, value in found.items()}
+    facts = {"weights": resolve(weights).label, "commit": CODE}
+    return {key: {"value": round(value, 3), "goal": GOALS.get(key), **facts} for key, value in found.items()}
 
 
 def measure_speed(name: str, weights: str) -> dict[str, float]:

@@ -208,14 +208,26 @@ def test_calibrate_inspect_and_their_json(model, data, tmp_path):
     assert "image_threshold" in run("inspect", tmp_path / "site").stdout
 
 
-def test_detectors_with_parameter_counts():
-    rows = {row["name"]: row for row in json.loads(run("detectors", "--size", 64, "--json").stdout)}
-    assert list(rows) == detectors.names()
+def test_all_detectors_are_listed_and_none_is_built(monkeypatch):
+    monkeypatch.setattr("torch.nn.Module.__init__", None)
+    rows = json.loads(run("detectors", "--json").stdout)
+    assert [row["name"] for row in rows] == detectors.names()
+    assert all(row["summary"] and {"paper", "default", "quick"} <= set(row["presets"]) for row in rows)
+    listed = run("detectors").stdout
+    assert "padim: one Gaussian per position" in listed
+    assert "umiad detectors NAME" in listed
+
+
+def test_named_detectors_have_parameter_counts():
+    names = ("egmf", "msflow", "padim", "size")
+    rows = {row["name"]: row for row in json.loads(run("detectors", *names, "--size", 64, "--json").stdout)}
+    assert tuple(rows) == names
     assert rows["egmf"]["parts"]["fusion"] == {"total": 462_000, "trainable": 462_000}
     assert rows["msflow"]["trainable"] == 9_187_152  # counted independently: the project's facts say 9.19 M
     assert rows["padim"]["used"] == 2_782_784  # conv1 to layer 3: layer 4 is not run
     assert rows["size"]["total"] == rows["size"]["used"] == 0
-    assert "used in scoring" in run("detectors", "--size", 64).stdout
+    assert "used in scoring" in run("detectors", "size", "--size", 64).stdout
+    assert "did you mean 'padim'" in run("detectors", "padin", code=2).stderr
 
 
 def test_weights_and_doctor(tmp_path, monkeypatch):
@@ -308,6 +320,7 @@ def test_an_output_folder_that_cannot_be_written_is_code_4(model, data, tmp_path
     run("score", model, data / "abnormal", "--out", tmp_path / "file" / "out", code=4)
 
 
+@pytest.mark.slow  # test_faults has the same with smaller processes (T6)
 def test_ctrl_c_stops_with_130_and_resume_goes_on(data, tmp_path):
     """A real process, a real signal: the state is left, and the resumed model equals an uninterrupted one."""
     words = [

@@ -136,6 +136,7 @@ def test_an_output_folder_that_cannot_be_written_is_code_4(data, tmp_path):
     run(data, "--out", tmp_path / "file" / "t", "--detector", "intensity", *FAST, code=4)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_with_130_and_repeating_goes_on(data, tmp_path):
     """A real process, a real signal: the first candidate is kept, the second is computed later."""
     (tmp_path / "c.toml").write_text(

@@ -1,5 +1,6 @@
 """Export with proof: what is exported scores the same without torch, and what cannot be exported says why."""
 
+import json
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,12 +11,13 @@ import torch
 from typer.testing import CliRunner
 
 import umiad
-from make import folder_of_images
+from make import folder_of_images, tiny_set
 from make_export import GOLDEN
 from umiad import detectors, exported, fitted, onnxfile
 from umiad.cli.app import app
 from umiad.errors import ConfigError, InputError, MissingExtraError
 from umiad.export import artefact, export_model, parity, trace
+from umiad.preprocess import to_input
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 SIZE = 64
@@ -114,6 +116,91 @@ def test_a_graph_that_scores_otherwise_is_found(change, kept):
         return change(maps, scores)
 
     assert parity.measure(model, other, images, source="phantoms").kept is kept
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [
+        (lambda maps, scores: (maps, scores), True),
+        (lambda maps, scores: (maps * 1.02, scores * 1.001), True),
+        (lambda maps, scores: (maps[::-1], scores[::-1]), False),
+        (lambda maps, scores: (maps * 3, scores), False),
+        (lambda maps, scores: (maps, scores * 3), False),
+    ],
+)
+def test_what_8_bits_may_change_is_bounded(change, kept):
+    model, images = golden(), parity.phantom_images(SIZE)
+
+    def other(inputs):
+        return change(*model.run(inputs, [(SIZE, SIZE)] * len(inputs)))
+
+    found = parity.loss(model, other, images, source="phantoms")
+    assert found.kept is kept
+    assert (found.images, found.decisions) == (parity.PHANTOMS, 2 * parity.PHANTOMS)
+    assert f"{found.changed} of {found.decisions} decisions changed" in found.words()
+
+
+def test_the_loss_of_8_bits_by_hand():
+    model, images = golden(), parity.phantom_images(SIZE)[:4]
+    inputs = np.stack([to_input(each, model.config.preprocessing) for each in images])
+    maps, scores = model.run(inputs, [(SIZE, SIZE)] * 4)
+    moved = maps.copy()
+    moved[2, 5, 7] += 0.25 * np.ptp(maps[2])
+    rows = iter([(moved[:3], scores[:3] + 0.01), (moved[3:], scores[3:] + 0.01)])
+    found = parity.loss(model, lambda inputs: next(rows), images, source="images")
+    assert found.map_most == pytest.approx(0.25, rel=1e-4)
+    assert found.map_median == pytest.approx(0.0, abs=1e-5)
+    assert found.score_most == pytest.approx(0.01 / scores.std(), rel=1e-3)
+    assert found.rank_correlation == pytest.approx(1.0)
+
+
+def test_8_bits_are_for_onnx_runtime_only(tmp_path):
+    with pytest.raises(ConfigError, match="int8 is for ONNX Runtime"):
+        export_model(golden(), tmp_path / "out", to="openvino", int8=[tmp_path])
+
+
+def test_convolutions_in_8_bits_with_their_loss_measured(tmp_path, monkeypatch):
+    needs(*PACKAGES)
+    monkeypatch.setattr("umiad.exported.MOST_CHANGED", 0.5)  # a tiny network of random weights bears less
+    data = tiny_set(tmp_path / "data", n_normal=24, n_abnormal=8, size=80)
+    built = umiad.build(
+        "padim", preset="quick", weights="random", size=SIZE, settings={"backbone": "resnet-tiny"}
+    )
+    model = umiad.fit(built, data)
+    model.save(tmp_path / "model")
+    words = ["export", tmp_path / "model", "--to", "onnx", "--out", tmp_path / "int8"]
+    words += ["--check", data, "--int8", data / "normal", "--accuracy", data, "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output + result.stderr
+    told = json.loads(result.stdout)
+    assert told["parity"]["map_relative"] <= 1e-4
+    assert 1e-4 < told["loss"]["map_most"] < 1
+    assert told["loss"]["rank_correlation"] >= 0.95
+    before, after = told["accuracy"]["det_auroc"]
+    assert before == umiad.evaluate(model, data, n_resamples=10).metrics["det_auroc"]["value"]
+    assert after is not None
+    other = exported.load(tmp_path / "int8", threads=1)
+    assert "int8 on" in str(other.info["int8"])
+    graph = (tmp_path / "int8" / "model.onnx").read_bytes()
+    assert b"QuantizeLinear" in graph
+    differing = zip(model.score(pictures()), other.score(pictures()), strict=True)
+    assert any(first.image_score != second.image_score for first, second in differing)
+    assert "8 bits" in (tmp_path / "int8" / "card.md").read_text()
+
+
+def test_8_bits_that_change_too_much_are_not_written(tmp_path, monkeypatch):
+    needs(*PACKAGES)
+    monkeypatch.setattr("umiad.exported.MOST_CHANGED", -1.0)
+    with pytest.raises(ConfigError, match=r"8 bits change too much: int8 on .* nothing was written"):
+        export_model(golden(), tmp_path / "out", int8=[GOLDEN / "images"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_graph_without_convolutions_is_not_quantised(tmp_path):
+    needs(*PACKAGES)
+    model = small_model("intensity")
+    with pytest.raises(ConfigError, match="int8 is for convolutions"):
+        export_model(model, tmp_path / "out", int8=[GOLDEN / "images"])
 
 
 def test_a_score_on_the_threshold_is_a_tie_and_one_beyond_it_is_not():
@@ -244,8 +331,7 @@ def test_an_operator_outside_of_the_list_stops_the_export(export, tmp_path, monk
 def test_the_affine_flows_are_exported_for_both_runtimes(tmp_path, to):
     needs(*PACKAGES, *(["openvino"] if to == "openvino" else []))
     model = golden("egmf-affine")
-    measured = export_model(model, tmp_path / "out", to=to)
-    assert measured.kept
+    assert export_model(model, tmp_path / "out", to=to).parity.kept
     other = exported.load(tmp_path / "out", threads=1)
     for first, second in zip(model.score(pictures()), other.score(pictures()), strict=True):
         assert second.image_score == pytest.approx(first.image_score, rel=1e-4)
@@ -260,7 +346,7 @@ def test_every_detector_is_exported_with_parity_or_says_why_not(name, tmp_path):
         with pytest.raises(ConfigError, match="cannot be exported: "):
             export_model(model, tmp_path / "out")
         return
-    assert export_model(model, tmp_path / "out").kept
+    assert export_model(model, tmp_path / "out").parity.kept
 
 
 def small_model(name):

@@ -157,6 +157,7 @@ def test_the_networks_of_phase_one_are_left_alone_in_phase_two():
     assert changed == {"latent_encoder", "passes"}
 
 
+@pytest.mark.slow
 def test_training_restores_images_better():
     quick = detectors.preset_config("fanogan", "quick", size=SIZE, edge=32)
     detector = detectors.make("fanogan", quick.canonical(), None)

@@ -195,6 +195,7 @@ def test_T2_a_run_stopped_by_the_disk_is_resumed_bit_equal(tmp_path, monkeypatch
     ]
 
 
+@pytest.mark.slow
 def test_T2_a_real_limit_of_the_system_ends_with_exit_code_4(tmp_path):
     (tmp_path / "a").mkdir()
     done = job("fit", tmp_path / "a", "--limit", 200_000)
@@ -290,9 +291,11 @@ def test_T3_the_state_of_an_older_umiad_is_not_continued(tmp_path):
 
 # T6: signals, in real processes
 
+SIGNALS = [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_T6_a_signal_saves_and_ends_with_its_exit_code(tmp_path, number, code):
     (tmp_path / "a").mkdir()
     command = [*JOB, "fit", str(tmp_path / "a"), "--epochs", "200"]
@@ -311,9 +314,7 @@ def test_T6_a_signal_saves_and_ends_with_its_exit_code(tmp_path, number, code):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_T6_a_second_signal_stops_at_once(tmp_path, number, code):
     (tmp_path / "a").mkdir()
     command = [*JOB, "fit", str(tmp_path / "a"), "--stuck"]

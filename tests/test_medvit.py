@@ -148,6 +148,7 @@ def test_one_image_makes_a_step_but_no_gaussian():
         detector.score_prepared(prepared)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     """On versions that are the same in each step; to learn from new ones takes minutes."""
     detector = build(drop_path=0.0)

@@ -160,7 +160,8 @@ def test_a_saved_model_needs_no_checkpoint_beside_it(file, tmp_path):
     model.save(tmp_path / "model")
     again = umiad.load(tmp_path / "model")
     assert type(again.detector) is FrozenMedVit
-    assert again.score(images[0]).image_score == model.score(images[0]).image_score
+    [first], [second] = model.score(images[0]), again.score(images[0])
+    assert first.image_score == second.image_score
 
 
 def make(seed):
@@ -170,6 +171,7 @@ def make(seed):
     return detectors.make("medvit", values, None)
 
 
+@pytest.mark.slow  # half a minute; the other design, which shares all but training, is in the battery of test_detectors
 def test_it_passes_the_whole_battery():
     found = examine(make, size=SIZE)
     assert set(found.exempt) == {"losses", "gradients"}

@@ -75,6 +75,7 @@ def taken_away(detector, images, blob):
     return float(((with_blob - without) * blob).mean() / blob.square().mean())
 
 
+@pytest.mark.slow
 def test_without_noise_the_network_lets_a_blob_through_with_noise_it_takes_it_away():
     axis = torch.arange(SIZE) - 31.5
     blob = 0.25 * torch.exp(-(axis[:, None] ** 2 + axis**2) / 50)

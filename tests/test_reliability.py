@@ -129,7 +129,10 @@ def test_every_test_that_is_assigned_to_a_case_exists():
     assert set(ALSO) <= set(CASES)
 
 
-@pytest.mark.parametrize("spread", [[], ["-n", "2"]], ids=["alone", "two processes"])
+@pytest.mark.parametrize(
+    "spread",
+    [pytest.param([], id="alone"), pytest.param(["-n", "2"], id="two processes", marks=pytest.mark.slow)],
+)
 def test_a_session_writes_the_file_and_shows_the_totals(tmp_path, spread):
     for name in ("conftest.py", "reliability.py"):
         shutil.copy(TESTS / name, tmp_path)

@@ -383,7 +383,11 @@ def test_a_bad_groups_file_is_refused(tmp_path: Path, content: bytes, words: str
 @needs_real
 @pytest.mark.parametrize(
     ("name", "train", "holdout", "test_normal", "test_abnormal"),
-    [("busi", 79, 20, 34, 647), ("brain_mri", 69, 19, 10, 155), ("head_ct", 71, 19, 10, 100)],
+    [
+        pytest.param("busi", 79, 20, 34, 647, marks=pytest.mark.slow),
+        ("brain_mri", 69, 19, 10, 155),
+        ("head_ct", 71, 19, 10, 100),
+    ],
 )
 def test_real_sets_get_the_papers_sizes(
     name: str, train: int, holdout: int, test_normal: int, test_abnormal: int

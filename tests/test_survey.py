@@ -376,6 +376,7 @@ def test_brain_mri_gives_its_labels_away() -> None:
     assert found.leaks.area_auroc == pytest.approx(0.63, abs=0.005)  # the manifest's value has two digits
 
 
+@pytest.mark.slow  # reads all 780 images
 @pytest.mark.real
 @needs_real
 def test_busi_has_its_masks_and_its_pair_across_classes() -> None:

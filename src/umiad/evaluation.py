@@ -21,6 +21,7 @@ from umiad.pixel_set import pixel_set
 from umiad.preprocess import resize_mask
 from umiad.progress import Reporter, Silent
 from umiad.rows import Rows
+from umiad.scorer import Scorer
 from umiad.scoring import common
 from umiad.streamed_metrics import MAPS_AT_ONCE, PixelSummary, summarise_pixels
 from umiad.types import ABNORMAL, NORMAL, Case, FileOptions, Image, Scores
@@ -228,7 +229,7 @@ def _test_part(
 
 
 def score_cases(
-    model: FittedModel, cases: Sequence[Case], *, reporter: Reporter | None = None
+    model: Scorer, cases: Sequence[Case], *, reporter: Reporter | None = None
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray | None]]:
     """Image scores [N], maps [N,S,S] and masks (None where an abnormal case has none).
 

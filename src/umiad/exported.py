@@ -18,6 +18,9 @@ from umiad.manifest import CONFIG, EXPORT, MANIFEST
 from umiad.runtimes import Run, Runtime
 from umiad.scorer import Facts, Scorer, ScoringConfig
 
+LEAST_RANK, MOST_CHANGED = 0.95, 0.05
+"""What 8 bits must keep: the rank correlation of image scores, and how many decisions may change, as a share."""
+
 
 class Parity(Config):
     """How far an exported model was from the one it was made from, measured when it was exported.
@@ -55,11 +58,49 @@ class Parity(Config):
         )
 
 
+class Loss(Config):
+    """How far int8 is from the model in float32, on `images` images that its ranges were not taken from.
+
+    `map_median` and `map_most`: of each map's largest difference, as a share of that map's range, the median and the
+    largest over images. `score_most`: the largest difference of an image score as a share of the scores' standard
+    deviation. `rank_correlation` (Spearman) of image scores, None where they are all alike. `decisions`: comparisons
+    with the thresholds; `changed`: how many came out otherwise.
+    """
+
+    images: int = Field(ge=1)
+    source: Literal["images", "phantoms"]
+    map_median: float = Field(ge=0)
+    map_most: float = Field(ge=0)
+    score_most: float = Field(ge=0)
+    rank_correlation: float | None = Field(ge=-1, le=1)
+    decisions: int = Field(ge=0)
+    changed: int = Field(ge=0)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the model may be used: order and decisions as good as kept (see `LEAST_RANK`, `MOST_CHANGED`)."""
+        rank = 1.0 if self.rank_correlation is None else self.rank_correlation
+        return rank >= LEAST_RANK and self.changed <= MOST_CHANGED * self.decisions
+
+    def words(self) -> str:
+        """The numbers in one sentence."""
+        kind = "images" if self.source == "images" else "generated phantoms"
+        rank = "-" if self.rank_correlation is None else f"{self.rank_correlation:.3f}"
+        return (
+            f"int8 on {self.images} {kind}: maps differ by {self.map_median:.1%} of their range (median; at most "
+            f"{self.map_most:.1%}), image scores by at most {self.score_most:.1%} of their spread, rank correlation "
+            f"{rank} (at least {LEAST_RANK}); {self.changed} of {self.decisions} decisions changed (at most "
+            f"{MOST_CHANGED:.0%})"
+        )
+
+
 class ExportedConfig(ScoringConfig):
     """What `config.json` of an exported model holds.
 
     `opset`: version of ONNX's operators. `versions` of what made it. `source_manifest_sha256`: the manifest of the
-    saved model it was made from, None where that never was a folder.
+    saved model it was made from, None where that never was a folder. `parity` of the graph in float32; `loss`: what
+    8 bits changed on top of it, None where the graph is float32. `accuracy`: metric -> the model's value and the
+    export's on the test part of labelled data, as fractions (None: undefined there); empty where none was given.
     """
 
     runtime: Runtime
@@ -67,11 +108,19 @@ class ExportedConfig(ScoringConfig):
     versions: dict[str, str]
     source_manifest_sha256: str | None
     parity: Parity
+    loss: Loss | None = None
+    accuracy: dict[str, tuple[float | None, float | None]] = Field(default_factory=dict)
 
     @property
     def facts(self) -> Facts:
-        """As of the saved model, with the runtime and the parity that was measured."""
-        return {**super().facts, "runtime": self.runtime, "parity": self.parity.words()}
+        """As of the saved model, with the runtime, and what was measured of the export."""
+        found: Facts = {**super().facts, "runtime": self.runtime, "parity": self.parity.words()}
+        if self.loss is not None:
+            found["int8"] = self.loss.words()
+        for name, (before, after) in self.accuracy.items():
+            if before is not None and after is not None:
+                found[f"{name} of the model, of this export"] = f"{100 * before:.2f}, {100 * after:.2f}"
+        return found
 
 
 class ExportedModel(Scorer):
@@ -114,6 +163,8 @@ def read(
         raise ModelFileError(f"{folder}: lists no {missing[0]}, expected in an export for {config.runtime}")
     if not config.parity.kept:
         raise ModelFileError(f"{source}: the parity it states is not kept ({config.parity.words()}); altered")
+    if config.loss is not None and not config.loss.kept:
+        raise ModelFileError(f"{source}: the loss it states is too large ({config.loss.words()}); altered")
     return config, files, digest
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from umiad import detectors
 from umiad.detectors.check import clean_images, fit_quickly
-from umiad.detectors.contract import Detector
+from umiad.detectors.contract import Detector, DetectorInfo
 from umiad.nn.encoder import Pyramid
 
 PROBE_SIZE, PROBE_IMAGES = 64, 4
@@ -23,10 +23,15 @@ def count(part: nn.Module) -> dict[str, int]:
     return {"total": sum(n for n, _ in sizes), "trainable": sum(n for n, wanted in sizes if wanted)}
 
 
+def listing() -> list[dict[str, Any]]:
+    """One row per detector: name, summary, reference, fidelity and presets; nothing is built."""
+    return [_facts(name) for name in detectors.names()]
+
+
 def parameter_table(
     *, size: int = 256, preset: str = "paper", names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """One row per detector (of `names`; none: all): facts, presets and counts per part of `preset` at `size` px.
+    """One row per detector (of `names`; none: all): `listing` and counts per part of `preset` at `size` px.
 
     `used` counts the parameters of the modules that scoring an image runs through (a detector that stops at
     layer 3 of the backbone does not use layer 4), found by scoring one at 64 px, after a brief fit: of all detectors
@@ -39,11 +44,8 @@ def parameter_table(
         parts = {part: count(module) for part, module in detector.parts().items()}
         rows.append(
             {
-                "name": name,
-                "summary": detector.info.summary,
-                "reference": detector.info.reference,
-                "fidelity": detector.info.fidelity,
-                "presets": sorted(cls.presets),
+                **_facts(name),
+                "summary": detector.info.summary,  # of the design that this preset builds
                 "preset": preset,
                 "size": size,
                 "parts": parts,
@@ -52,6 +54,18 @@ def parameter_table(
             }
         )
     return rows
+
+
+def _facts(name: str) -> dict[str, Any]:
+    cls = detectors.detector_class(name)
+    info: DetectorInfo = cls.info
+    return {
+        "name": name,
+        "summary": info.summary,
+        "reference": info.reference,
+        "fidelity": info.fidelity,
+        "presets": sorted(cls.presets),
+    }
 
 
 def modules_run(name: str, preset: str) -> set[str]:

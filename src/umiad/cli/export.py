@@ -23,12 +23,17 @@ done with it: to fit, calibrate or evaluate, keep MODEL.
 
 Before anything is written both score the images under --check (64 at most), one by one and three at a time. Maps
 may differ by 1e-4 of their range, image scores by 1e-4, decisions not at all; above that nothing is written.
-What was measured is printed, and stays in the export. Name images like those that will be scored: phantoms
+What was measured is printed, and stays in the export. With --int8 convolutions are brought to 8 bits afterwards; that
+changes maps and scores for good, so it is measured too, and refused where order or decisions are not as good as kept:
+look at it, and at --accuracy on labelled data, before using it. Name images like those that will be scored: phantoms
 show that the software works, no more.
 
 Needs the extra: pip install 'umiad[onnx]'; for --to openvino 'umiad[onnx,openvino]'. Where it runs, onnxruntime
 and onnx, or openvino alone.
 """
+
+MEASURED = ("parity", "loss", "accuracy")
+"""Of an export's configuration: what the command shows as JSON."""
 
 
 @app.command("export", help=HELP)
@@ -45,6 +50,18 @@ def export(
             help="Images or folders on which both are compared; repeatable. Without: generated phantoms.",
         ),
     ] = None,
+    int8: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--int8",
+            metavar="NORMALS",
+            help="Bring convolutions to 8 bits, with ranges from these normal images (--to onnx); repeatable.",
+        ),
+    ] = None,
+    accuracy: Annotated[
+        Path | None,
+        typer.Option("--accuracy", metavar="DATA", help="Labelled data: judge both on its test part."),
+    ] = None,
     threads: Threads = None,
     json: Json = False,
 ) -> None:
@@ -59,16 +76,24 @@ def export(
     with RichReporter(console(err=True)) as reporter:
         if not check:
             reporter.note("no --check: compared on generated phantoms, which are no medical images")
-        measured = export_model(
+        config = export_model(
             loaded,
             out,
             to=to,
             check=check or (),
+            int8=int8 or (),
+            accuracy=accuracy,
             source_manifest_sha256=file_sha256(model / MANIFEST),
             reporter=reporter,
         )
     if json:
-        print_json({"out": str(out), "runtime": to, "parity": measured.canonical()})
+        written = config.canonical()
+        print_json({"out": str(out), "runtime": to, **{key: written[key] for key in MEASURED}})
         return
     typer.echo(f"saved {out} for {to}: {loaded.info['detector']}, {loaded.info['size']} px")
-    typer.echo(f"parity on {measured.words()}")
+    typer.echo(f"parity on {config.parity.words()}")
+    if config.loss is not None:
+        typer.echo(config.loss.words())
+    for name, (before, after) in config.accuracy.items():
+        if before is not None and after is not None:
+            typer.echo(f"{name}: {100 * before:.2f} of the model, {100 * after:.2f} of this export")

@@ -22,23 +22,28 @@ app.add_typer(weights_app, name="weights")
 @app.command("detectors")
 @command
 def detectors(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these; without names all of them.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Count the parameters of these; without names: list all.")
+    ] = None,
     size: Size = 256,
     json: Json = False,
 ) -> None:
-    """List the detectors, their presets and parameter counts per part (total, trainable; used in scoring).
+    """List the detectors and their presets; of named ones also parameters per part (total, trainable; used in scoring).
 
-    Each is built and fitted briefly to see what scoring uses, so all of them take a while.
+    Each that is named is built and fitted briefly to see what scoring uses: some seconds.
     """
-    from umiad.parameters import parameter_table
+    from umiad.parameters import listing, parameter_table
 
-    rows = parameter_table(size=size, names=names or ())
+    rows = parameter_table(size=size, names=names) if names else listing()
     if json:
         print_json(rows)
         return
     for row in rows:
         typer.echo(f"{row['name']}: {row['summary']}")
         typer.echo(f"  {row['reference']}; fidelity: {row['fidelity']}")
+        if not names:
+            typer.echo(f"  presets: {', '.join(row['presets'])}")
+            continue
         typer.echo(f"  presets: {', '.join(row['presets'])}; preset {row['preset']!r} at {size} px:")
         for part, counts in row["parts"].items():
             typer.echo(
@@ -48,6 +53,8 @@ def detectors(
             f"    {'all':24} {row['total']:>12,} parameters, {row['trainable']:>12,} trainable, "
             f"{row['used']:,} used in scoring"
         )
+    if not names:
+        typer.echo("parameters of one: umiad detectors NAME")
 
 
 @weights_app.command("list")

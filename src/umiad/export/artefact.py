@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,9 +13,10 @@ import torch
 import umiad
 from umiad import modelfile, onnxfile, runtimes
 from umiad.errors import ConfigError, ModelFileError, require
-from umiad.export import parity, trace
-from umiad.exported import ExportedConfig, Parity
+from umiad.export import parity, quantise, trace
+from umiad.exported import ExportedConfig, ExportedModel
 from umiad.fitted import FittedModel
+from umiad.fitting import Data
 from umiad.manifest import CARD, CONFIG, EXPORT, GRAPH
 from umiad.preprocess import to_input
 from umiad.progress import Reporter, Silent
@@ -29,18 +31,23 @@ def export_model(
     *,
     to: Runtime = "onnx",
     check: Sequence[str | os.PathLike[str]] = (),
+    int8: Sequence[str | os.PathLike[str]] = (),
+    accuracy: Data | None = None,
     source_manifest_sha256: str | None = None,
     reporter: Reporter | None = None,
-) -> Parity:
-    """Write `model` as a folder for ONNX Runtime ("onnx") or OpenVINO ("openvino"); returns what was measured.
+) -> ExportedConfig:
+    """Write `model` as a folder for ONNX Runtime ("onnx") or OpenVINO ("openvino"); returns its configuration.
 
     The graph is compared with the model on the images under `check` (without any: on generated phantoms), in
     batches of 1 and of 3. Nothing is written where maps or image scores differ by more than 1e-4, or a decision does.
+    `int8`: normal images on which convolutions are brought to 8 bits afterwards (ONNX Runtime only); how far that
+    is from the model is measured on the images of `check` and bounded (`umiad.exported.Loss`). `accuracy`: labelled
+    data on whose test part both are judged; see `umiad.evaluation.evaluate_model` for which that is.
     `source_manifest_sha256` of the saved model is noted in the export. The model is moved to the CPU.
 
     Raises:
         ConfigError: the detector cannot be exported (it says why), or parity is not kept (with the numbers).
-        InputError: something else lies at `out`, or an image under `check` cannot be used.
+        InputError: something else lies at `out`, or an image that was named cannot be used.
         MissingExtraError: a package of the extras `onnx` and `openvino` is not installed.
         DiskError: writing failed; an older export there is as it was.
     """
@@ -48,6 +55,8 @@ def export_model(
     name, preprocessing = model.config.detector, model.config.preprocessing
     if reason := trace.why_not(model.detector.info):
         raise ConfigError(f"{name} cannot be exported: {reason}")
+    if int8 and to != "onnx":
+        raise ConfigError(f"int8 is for ONNX Runtime (--to onnx), not for {to}")
     modelfile.check_target(target, kind=EXPORT)
     versions = {"umiad": umiad.__version__, "torch": torch.__version__, **_packages(to)}
     model.to("cpu")
@@ -58,31 +67,44 @@ def export_model(
     files = {GRAPH: graph} if to == "onnx" else trace.to_openvino(graph)
     reporter.note(f"traced: {sum(map(len, files.values())) / 1e6:.1f} MB")
     run = _started(to, files, size=preprocessing.size, name=name)
-    measured = parity.measure(model, run, images, source="images" if check else "phantoms")
+    source: Literal["images", "phantoms"] = "images" if check else "phantoms"
+    measured = parity.measure(model, run, images, source=source)
     if not measured.kept:
         raise ConfigError(
             f"{name} is not exported: the exported graph does not score the same: {measured.words()}; "
             "nothing was written; try the other runtime"
         )
-    made = {
-        "runtime": to,
-        "opset": onnxfile.opset(graph, source=GRAPH),
-        "versions": versions,
-        "source_manifest_sha256": source_manifest_sha256,
-        "parity": measured.canonical(),
-    }
-    _write(target, model, files, made)
-    return measured
-
-
-def _write(target: Path, model: FittedModel, files: Mapping[str, bytes], made: Mapping[str, object]) -> None:
-    """The folder: the graph's `files`, what the model's configuration shares with an export's, and what `made` it."""
+    lost = None
+    if int8:
+        reporter.note("quantising: ranges of 8 bits from normal images")
+        normal = [to_input(image, preprocessing) for image in parity.named_images(model, int8)]
+        files = {GRAPH: quantise.to_int8(graph, np.stack(normal), size=preprocessing.size, name=name)}
+        run = _started(to, files, size=preprocessing.size, name=name)
+        lost = parity.loss(model, run, images, source=source)
+        if not lost.kept:
+            raise ConfigError(
+                f"{name} is not exported: 8 bits change too much: {lost.words()}; nothing was written; more normal "
+                "images may help, or export without int8"
+            )
     saved = model.config.canonical()
-    shared = {name: saved[name] for name in ScoringConfig.model_fields}
-    config = ExportedConfig.parse({**shared, **made})
+    config = ExportedConfig.parse(
+        {
+            **{field: saved[field] for field in ScoringConfig.model_fields},
+            "runtime": to,
+            "opset": onnxfile.opset(graph, source=GRAPH),
+            "versions": versions,
+            "source_manifest_sha256": source_manifest_sha256,
+            "parity": measured.canonical(),
+            "loss": None if lost is None else lost.canonical(),
+        }
+    )
+    if accuracy is not None:
+        found = parity.accuracy(model, ExportedModel(config, run), accuracy, reporter=reporter)
+        config = config.model_copy(update={"accuracy": found})
     card = _card(model, config).encode("utf-8", errors="backslashreplace")
     content = dump_bytes(config.canonical(), source=CONFIG)
     modelfile.write_folder(target, {**files, CONFIG: content, CARD: card}, kind=EXPORT)
+    return config
 
 
 def _packages(to: Runtime) -> dict[str, str]:
@@ -106,8 +128,9 @@ def _started(to: Runtime, files: dict[str, bytes], *, size: int, name: str) -> R
 def _card(model: FittedModel, config: ExportedConfig) -> str:
     """The model's own card, and what the export adds."""
     versions = ", ".join(f"{name} {number}" for name, number in config.versions.items())
+    lost = "" if config.loss is None else f"\n\nConvolutions are in 8 bits. Measured: {config.loss.words()}."
     return (
         f"{model.card()}\n## This export\n\nFor {config.runtime}, made with {versions}. It scores and does nothing "
         f"else: `umiad score FOLDER IMAGES --out RESULTS`.\n\nMeasured when it was made: {config.parity.words()}. "
-        "An image whose score is as near to the threshold as that may fall on its other side.\n"
+        f"An image whose score is as near to the threshold as that may fall on its other side.{lost}\n"
     )

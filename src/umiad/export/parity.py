@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+from scipy import stats
 
 from umiad.agreement import map_difference, share
 from umiad.calibration import Calibration
 from umiad.cases import expand
 from umiad.data import list_images
 from umiad.errors import InputError
-from umiad.exported import Parity
+from umiad.evaluation import judge, score_cases, score_test
+from umiad.exported import Loss, Parity
 from umiad.fitted import FittedModel
-from umiad.fitting import usable_images
+from umiad.fitting import Data, usable_images
 from umiad.phantoms import draw_phantom
 from umiad.preprocess import from_array, original_size, to_input
+from umiad.progress import Reporter
 from umiad.runtimes import Run
+from umiad.scorer import Scorer
 from umiad.types import Case, Image
 
 BOUND = 1e-4
@@ -27,6 +32,7 @@ BATCH = 3
 MOST_IMAGES = 64
 """Of the images that are named, so many are compared, evenly chosen."""
 PHANTOMS = 12
+METRICS = ("det_auroc", "seg_auroc", "seg_aupro")
 
 
 def phantom_images(size: int) -> list[Image]:
@@ -80,6 +86,68 @@ def measure(
         ties=verdicts.count("tie"),
         bound=BOUND,
     )
+
+
+def loss(
+    model: FittedModel, run: Run, images: Sequence[Image], *, source: Literal["images", "phantoms"]
+) -> Loss:
+    """Score images with both, where the graph `run` is in 8 bits: how far they are apart."""
+    expected, found = _all(model, images), _all(model, images, run=run)
+    maps = [map_difference(*pair) for pair in zip(expected[0], found[0], strict=True)]
+    spread = float(np.std(expected[1]))
+    most = float(np.abs(found[1] - expected[1]).max())
+    changed, decisions = 0, 0
+    if (calibration := model.config.calibration) is not None:
+        peaks = [each.reshape(len(each), -1).max(axis=1) for each in (expected[0], found[0])]
+        for (before, after), threshold in (
+            ((expected[1], found[1]), calibration.image_threshold),
+            (peaks, calibration.map_threshold),
+        ):
+            changed += int(((before > threshold) != (after > threshold)).sum())
+            decisions += len(before)
+    alike = spread == 0 or float(np.std(found[1])) == 0
+    rank = None if alike else float(stats.spearmanr(expected[1], found[1]).statistic)
+    return Loss(
+        images=len(images),
+        source=source,
+        map_median=float(np.median(maps)),
+        map_most=max(maps),
+        score_most=share(most, spread),
+        rank_correlation=rank,
+        decisions=decisions,
+        changed=changed,
+    )
+
+
+def accuracy(
+    model: FittedModel, other: Scorer, data: Data, *, reporter: Reporter
+) -> dict[str, tuple[float | None, float | None]]:
+    """Metric -> value of the model and of `other` on the test part of labelled `data`; None where undefined.
+
+    Raises InputError where that has no test part, or one that shaped the model (see `evaluation.evaluate_model`).
+    """
+    test = score_test(model, data, reporter=reporter)
+    scores, maps, _ = score_cases(other, test.cases, reporter=reporter)
+    both = [
+        judge(model, each, n_resamples=0, reporter=reporter).metrics
+        for each in (test, replace(test, image_scores=scores, maps=maps))
+    ]
+    return {name: (both[0][name]["value"], both[1][name]["value"]) for name in METRICS}
+
+
+def _all(
+    model: FittedModel, images: Sequence[Image], *, run: Run | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Maps [N,S,S] and scores [N] of images, by the model or by `run`, in batches of 3."""
+    preprocessing, maps, scores = model.config.preprocessing, [], []
+    for start in range(0, len(images), BATCH):
+        part = images[start : start + BATCH]
+        inputs = np.stack([to_input(image, preprocessing) for image in part])
+        sizes = [original_size(image, preprocessing) for image in part]
+        found = model.run(inputs, sizes) if run is None else run(inputs)
+        maps.append(found[0])
+        scores.append(found[1])
+    return np.concatenate(maps), np.concatenate(scores)
 
 
 def _differences(
