@@ -10,6 +10,7 @@ know, folded and channels-last. A part keeps its last figures when it is not nam
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -24,16 +25,19 @@ import torch
 
 from paper_protocol import CODE
 from speed import alternate
-from umiad import api, batch, weights
+from umiad import api, batch, exported, weights
 from umiad.data import list_images
 from umiad.detectors.check import clean_images
+from umiad.errors import ConfigError, MissingExtraError
+from umiad.export import export_model
 from umiad.fitted import FittedModel
 from umiad.io import read_image
 from umiad.nn.encoder import Pyramid, yardstick
 from umiad.overlay import colour_scale, draw_overlay, png_bytes
 from umiad.phantoms import write_phantoms
 from umiad.preprocess import to_input
-from umiad.scorer import BATCH_SIZE
+from umiad.runtimes import Runtime
+from umiad.scorer import BATCH_SIZE, Scorer
 
 TARGET = Path(__file__).parent / "results" / "performance.json"
 FOLDER, SOME = 500, 24
@@ -53,6 +57,13 @@ batch.score_files(api.load(sys.argv[1]), [Path(each) for each in sys.argv[3:]], 
 print(json.dumps([high() - before, high()]))
 """
 """The body of a fresh process that scores files: prints its peak above the imports, and in all, in kB."""
+EXPORTS: dict[str, tuple[Runtime, bool]] = {
+    "ONNX Runtime": ("onnx", False),
+    "ONNX Runtime, int8": ("onnx", True),
+    "OpenVINO": ("openvino", False),
+}
+"""Exports that are timed: runtime, and whether in 8 bits."""
+INT8_FILES = 32
 COUNTS: dict[str, tuple[int, ...]] = {"score": (16, 32, 64, 128), "fit": (16, 32, 64, 128)}
 
 
@@ -287,6 +298,23 @@ def memory(bench: Bench, turns: int) -> dict[str, float]:
     return {"above the imports": round(above / 1e3, 1), "in all": round(whole / 1e3, 1)}
 
 
+def runtimes(bench: Bench, turns: int) -> dict[str, float]:
+    """Scoring 8 arrays by the model and by each export of it whose packages are installed, as multiples of R1."""
+    images, tensors = bench.inputs(256, BATCH_SIZE), clean_images(BATCH_SIZE, size=256)
+    scorers: dict[str, Scorer] = {"torch": bench.model}
+    for name, (to, int8) in EXPORTS.items():
+        target = bench.folder / name.replace(", ", "-")
+        try:
+            export_model(bench.model, target, to=to, int8=bench.files[:INT8_FILES] if int8 else ())
+            scorers[name] = exported.load(target)
+        except MissingExtraError as error:
+            print(f"{name}: not measured, {error}")
+        except ConfigError as error:  # 8 bits may change too much
+            print(f"{name}: {error}")
+    calls = {name: functools.partial(scorer.score, images) for name, scorer in scorers.items()}
+    return ratios(alternate({**bench.references.calls(tensors), **calls}, repeats=3 * turns))
+
+
 PARTS: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "stages": stages,
     "folder": folder,
@@ -295,6 +323,7 @@ PARTS: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "startup": startup,
     "growth": growth,
     "memory": memory,
+    "runtimes": runtimes,
 }
 
 

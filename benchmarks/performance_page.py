@@ -54,6 +54,8 @@ that twice as many cost twice as much. Below 1 there is a part that does not gro
 only pixels counted."""
 
 
+RUNTIMES = """Eight arrays of 256 px from Python, by the model and by what `umiad export` makes of it (docs/export.md),
+where the packages of the extras `onnx` and `openvino` are installed."""
 COMPACT = """`umiad fit --compact-features` keeps what the frozen parts yield in float16: half the memory, or disk.
 Fitted with and without on the same split (seed 0), judged on the test images with features as they are; "scores
 apart": the largest difference of an image score, as a share of the scores' standard deviation. Trained detectors take
@@ -72,6 +74,7 @@ def page(
     """Markdown of the whole page; parts that were not measured say so."""
     parts = [HEAD, "## Asked for and reached", _goals(found, metrics)]
     parts += ["## Stages of scoring", _stages(found), "## Growth", _growth(found)]
+    parts += ["## Runtimes", RUNTIMES, _runtimes(found)]
     parts += ["## Compact features", COMPACT, _compact(compact), "## How it was measured"]
     return "\n\n".join([*parts, _facts(found)]) + "\n"
 
@@ -118,6 +121,15 @@ def _growth(found: Mapping[str, Any]) -> str:
         ends = list(law["points"])
         rows.append((name, ends[0], ends[-1], f"{law['points'][ends[-1]]:.1f}", f"{law['exponent']:.2f}"))
     return f"{READING_GROWTH}\n\n{_table(rows)}\n\n![growth of costs](images/{PLOT.name})"
+
+
+def _runtimes(found: Mapping[str, Any]) -> str:
+    values = found.get("runtimes", {}).get("values")
+    if values is None:
+        return "Not measured yet: `make bench`."
+    shown = {name: value for name, value in values.items() if name != "r2"}
+    rows = [(name, f"{value:.2f}", f"{value / shown['torch']:.2f}") for name, value in shown.items()]
+    return _table([("scored by", "x R1", "x torch"), *rows])
 
 
 def _compact(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -39,7 +39,7 @@ def test_the_page_tells_reached_beside_asked_for(pages):
 def test_what_was_not_measured_says_so(pages):
     text = pages.page({}, [])
     assert text.count("not measured yet") == len(pages.GOALS)
-    assert text.count("Not measured yet: `make bench`.") == 2
+    assert text.count("Not measured yet: `make bench`.") == 3
 
 
 def test_growth_has_its_exponent_and_its_plot(pages, monkeypatch, tmp_path):
@@ -57,6 +57,12 @@ def test_the_committed_page_is_the_one_of_the_committed_results(pages):
         pages.load("speed_metrics.json") or [],
         pages.load("compact_features.json") or [],
     )
+
+
+def test_runtimes_are_compared_with_torch(pages):
+    found = {"runtimes": part(**{"torch": 1.6, "OpenVINO": 1.2, "r2": 0.7})}
+    text = pages.page(found, [])
+    assert "| torch | 1.60 | 1.00 |\n| OpenVINO | 1.20 | 0.75 |" in text
 
 
 def test_compact_features_stand_beside_exact_ones(pages):
