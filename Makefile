@@ -52,6 +52,7 @@ bench: setup
 	$(BIN)/python benchmarks/scoring_speed.py --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/performance.py --data "$(DATA)" --weights "$(WEIGHTS)"
 	[ ! -d "$(DATA)/head_ct" ] || $(BIN)/python benchmarks/compact_features.py --data "$(DATA)" --weights "$(WEIGHTS)"
+	[ ! -d "$(DATA)/head_ct" ] || $(BIN)/python benchmarks/same_scores.py --data "$(DATA)" --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/performance_page.py
 	[ ! -d "$(DATA)/busi/normal" ] || $(BIN)/python benchmarks/reading_cost.py --data "$(DATA)/busi/normal" --weights "$(WEIGHTS)"
 

@@ -1,7 +1,8 @@
-"""Render docs/performance.md and its plot from performance.json, speed_metrics.json and compact_features.json.
+"""Render docs/performance.md and its plot from performance.json and the results beside it.
 
 python benchmarks/performance.py --data ../shared/data --weights FILE       (`make bench`)
 python benchmarks/compact_features.py --data ../shared/data --weights FILE
+python benchmarks/same_scores.py --data ../shared/data --weights FILE
 python benchmarks/performance_page.py
 """
 
@@ -54,6 +55,12 @@ that twice as many cost twice as much. Below 1 there is a part that does not gro
 only pixels counted."""
 
 
+SAME = """What makes scoring fast must leave scores as they were. The default (256 px, hold-out 0.2, seed 0) on test
+images, evenly chosen, as it ships and in three other ways: the plain network (nothing folded, PyTorch's default
+layout), one image at a time instead of eight, and the backbone in bfloat16. Maps: largest difference as a share of
+that map's range, median and largest over images; scores: as a share of the scores' standard deviation. In float32
+1e-4 is allowed; bfloat16 is used by `--precision auto` only where eight of the very images keep 2 % and every
+decision."""
 RUNTIMES = """Eight arrays of 256 px from Python, by the model and by what `umiad export` makes of it (docs/export.md),
 where the packages of the extras `onnx` and `openvino` are installed."""
 COMPACT = """`umiad fit --compact-features` keeps what the frozen parts yield in float16: half the memory, or disk.
@@ -69,12 +76,16 @@ def load(name: str) -> Any:
 
 
 def page(
-    found: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], compact: Sequence[Mapping[str, Any]] = ()
+    found: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    compact: Sequence[Mapping[str, Any]] = (),
+    same: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Markdown of the whole page; parts that were not measured say so."""
     parts = [HEAD, "## Asked for and reached", _goals(found, metrics)]
     parts += ["## Stages of scoring", _stages(found), "## Growth", _growth(found)]
     parts += ["## Runtimes", RUNTIMES, _runtimes(found)]
+    parts += ["## Same scores", SAME, _same(same)]
     parts += ["## Compact features", COMPACT, _compact(compact), "## How it was measured"]
     return "\n\n".join([*parts, _facts(found)]) + "\n"
 
@@ -130,6 +141,23 @@ def _runtimes(found: Mapping[str, Any]) -> str:
     shown = {name: value for name, value in values.items() if name != "r2"}
     rows = [(name, f"{value:.2f}", f"{value / shown['torch']:.2f}") for name, value in shown.items()]
     return _table([("scored by", "x R1", "x torch"), *rows])
+
+
+def _same(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "Not measured yet: `benchmarks/same_scores.py`."
+    table = [
+        ("data", "images", "scored by", "maps, median", "maps, most", "scores, most", "decisions changed")
+    ]
+    table[0] += ("image AUROC", "commit")
+    for row in rows:
+        for name, each in row["compared"].items():
+            before, after = each["det_auroc"]
+            far = (f"{each[key]:.1e}" for key in ("map_median", "map_most", "score_most"))
+            changed = f"{each['decisions_changed']} of {each['decisions']}"
+            ends = (changed, f"{before:.2f} -> {after:.2f}", str(row["commit"]))
+            table.append((str(row["dataset"]), str(row["images"]), name, *far, *ends))
+    return _table(table)
 
 
 def _compact(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -202,8 +230,8 @@ def plot(found: Mapping[str, Any]) -> None:
 def main() -> None:
     """Write the page and the plot."""
     found = load("performance.json")
-    compact = load("compact_features.json") or []
-    PAGE.write_text(page(found, load("speed_metrics.json") or [], compact), encoding="utf-8")
+    lists = (load(f"{name}.json") or [] for name in ("speed_metrics", "compact_features", "same_scores"))
+    PAGE.write_text(page(found, *lists), encoding="utf-8")
     plot(found)
 
 

@@ -56,6 +56,7 @@ def test_the_committed_page_is_the_one_of_the_committed_results(pages):
         pages.load("performance.json"),
         pages.load("speed_metrics.json") or [],
         pages.load("compact_features.json") or [],
+        pages.load("same_scores.json") or [],
     )
 
 
@@ -63,6 +64,16 @@ def test_runtimes_are_compared_with_torch(pages):
     found = {"runtimes": part(**{"torch": 1.6, "OpenVINO": 1.2, "r2": 0.7})}
     text = pages.page(found, [])
     assert "| torch | 1.60 | 1.00 |\n| OpenVINO | 1.20 | 0.75 |" in text
+
+
+def test_other_ways_to_the_same_scores_stand_beside_what_they_change(pages):
+    each = {"map_median": 1e-6, "map_most": 2e-6, "score_most": 3e-7, "decisions_changed": 0, "decisions": 20}
+    row = {"dataset": "busi", "images": 10, "commit": "abc"}
+    row |= {"compared": {"plain network": {**each, "det_auroc": [90.0, 90.25]}}}
+    text = pages.page({}, [], same=[row])
+    assert (
+        "| busi | 10 | plain network | 1.0e-06 | 2.0e-06 | 3.0e-07 | 0 of 20 | 90.00 -> 90.25 | abc |" in text
+    )
 
 
 def test_compact_features_stand_beside_exact_ones(pages):
