@@ -82,6 +82,11 @@ def test_M1_M6_the_source_has_no_way_to_execute_what_it_reads():
     assert found == {
         ("src/umiad/weights.py", "torch.load"),
         ("src/umiad/export/trace.py", "torch.onnx"),  # writes, and reads nothing
+        (
+            "src/umiad/export/quantise.py",
+            "import onnxruntime",
+        ),  # changes a graph that was made and checked here
+        ("src/umiad/export/quantise.py", "import onnxruntime.quantization"),
     }
     assert len(FILES) > 50
 
@@ -105,6 +110,8 @@ def test_M6_graphs_are_read_in_one_place_and_checked_before_a_runtime_sees_them(
         ("runtimes.py", "openvino"),
         ("export/trace.py", "onnx"),  # the graph that it has traced
         ("export/trace.py", "openvino"),  # takes the graph that was just traced and checked
+        ("export/quantise.py", "onnx"),  # the same graph, in 8 bits, checked again
+        ("export/quantise.py", "onnxruntime"),
     }
     assert starts == ["runtimes.py", "runtimes.py"]
     start = (ROOT / "src" / "umiad" / "runtimes.py").read_text(encoding="utf-8").partition("def start(")[2]

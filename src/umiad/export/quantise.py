@@ -26,6 +26,8 @@ def to_int8(graph: bytes, inputs: np.ndarray, *, size: int, name: str) -> bytes:
     a scale per channel, of 7 bits, since processors without VNNI saturate sums of more. All else stays float32, so
     densities and distances are exact on what comes out. Source: static quantisation of ONNX Runtime.
 
+    `graph` was made in this process and has passed `onnxfile.check`; what comes back passes it too.
+
     Raises ConfigError where the graph has no convolution, or cannot be quantised; MissingExtraError.
     """
     onnx = require("onnx", extra="onnx", purpose="quantising a graph")
@@ -51,7 +53,8 @@ def to_int8(graph: bytes, inputs: np.ndarray, *, size: int, name: str) -> bytes:
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=quantization.CalibrationMethod.Percentile,
             )
-            quantised = onnx.load_model(str(target))
+            quantised = onnx.ModelProto()
+            quantised.ParseFromString(target.read_bytes())
         content = onnxfile.cleaned(quantised)
         onnxfile.check(content, size=size, source=f"the int8 graph of {name}")
     except ConfigError:
