@@ -98,7 +98,9 @@ class Bench:
             known = write_phantoms(folder / "set", n_normal=133, n_abnormal=367, size=512)
         self.data = known
         found, _ = list_images([known])
-        self.files = [path for path in found if "_mask" not in path.name][:FOLDER]
+        images = [path for path in found if "_mask" not in path.name]
+        self.files = images[:FOLDER]
+        self.normals = [path for path in images if path.parent.name == "normal"][:INT8_FILES]
         self.references = References(weights.resolve(weights_source).state)
         self.model = self.fit(self.inputs(256, 32))
 
@@ -305,7 +307,7 @@ def runtimes(bench: Bench, turns: int) -> dict[str, float]:
     for name, (to, int8) in EXPORTS.items():
         target = bench.folder / name.replace(", ", "-")
         try:
-            export_model(bench.model, target, to=to, int8=bench.files[:INT8_FILES] if int8 else ())
+            export_model(bench.model, target, to=to, int8=bench.normals if int8 else ())
             scorers[name] = exported.load(target)
         except MissingExtraError as error:
             print(f"{name}: not measured, {error}")

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from paper_protocol import CODE, manifest
 from umiad import api, bfloat16
-from umiad.agreement import map_difference
+from umiad.agreement import changed_decisions, map_difference
 from umiad.data import load_data
 from umiad.duplicates import case_sha256
 from umiad.fitted import FittedModel
@@ -91,20 +91,12 @@ def compared(model: FittedModel, expected: Scored, found: Scored, labels: np.nda
     """How far one way of scoring is from the shipped one."""
     calibration = model.config.calibration
     assert calibration is not None  # noqa: S101 - fitted with a hold-out
-    peaks = [each[0].reshape(len(labels), -1).max(axis=1) for each in (expected, found)]
-    changed = sum(
-        int(((before > limit) != (after > limit)).sum())
-        for before, after, limit in (
-            (expected[1], found[1], calibration.image_threshold),
-            (*peaks, calibration.map_threshold),
-        )
-    )
     maps = [map_difference(*pair) for pair in zip(expected[0], found[0], strict=True)]
     return {
         "map_median": float(f"{np.median(maps):.2e}"),
         "map_most": float(f"{max(maps):.2e}"),
         "score_most": float(f"{np.abs(found[1] - expected[1]).max() / expected[1].std():.2e}"),
-        "decisions_changed": changed,
+        "decisions_changed": changed_decisions(expected, found, calibration),
         "decisions": 2 * len(labels),
         "det_auroc": [round(100 * det_auroc(each[1], labels), 3) for each in (expected, found)],
     }

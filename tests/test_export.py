@@ -126,6 +126,8 @@ def test_a_graph_that_scores_otherwise_is_found(change, kept):
         (lambda maps, scores: (maps[::-1], scores[::-1]), False),
         (lambda maps, scores: (maps * 3, scores), False),
         (lambda maps, scores: (maps, scores * 3), False),
+        (lambda maps, scores: (maps, scores * 0 + scores[0] * 0), False),
+        (lambda maps, scores: (maps, scores * np.nan), False),
     ],
 )
 def test_what_8_bits_may_change_is_bounded(change, kept):
@@ -152,6 +154,15 @@ def test_the_loss_of_8_bits_by_hand():
     assert found.map_median == pytest.approx(0.0, abs=1e-5)
     assert found.score_most == pytest.approx(0.01 / scores.std(), rel=1e-3)
     assert found.rank_correlation == pytest.approx(1.0)
+
+
+def test_8_bits_are_not_judged_on_the_images_they_were_fitted_to():
+    preprocessing, images = golden().config.preprocessing, parity.phantom_images(SIZE)
+    inputs = [to_input(each, preprocessing) for each in images]
+    left = parity.others(images, inputs[::2], preprocessing)
+    assert [each.name for each in left] == [each.name for each in images[1::2]]
+    with pytest.raises(InputError, match="every image to compare on"):
+        parity.others(images, inputs, preprocessing)
 
 
 def test_8_bits_are_for_onnx_runtime_only(tmp_path):

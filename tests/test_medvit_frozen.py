@@ -231,10 +231,17 @@ def test_a_missing_file_tells_how_to_get_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({"network": "huge"}, "huge"), ({"drop_path": 0.1}, "drop_path"), ({"edge": 100}, "multiple of 32")],
+    [
+        ({"network": "huge"}, "network"),
+        ({"network": ["tiny"]}, "network"),
+        ({"drop_path": 0.1}, "drop_path"),
+        ({"edge": 100}, "multiple of 32"),
+    ],
 )
 def test_settings_are_those_of_the_design(file, settings, words):
     with pytest.raises(ConfigError, match=words):
         build(file, **settings)
+    with pytest.raises(ConfigError, match=r"checkpoint: expected a path, got \['x'\]"):
+        build(["x"])
     with pytest.raises(ConfigError, match="unknown preset"):
         api.build("medvit", preset="fast", size=SIZE, settings={"checkpoint": file})

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umiad import detectors, medvit_checkpoint, sam
+from umiad import detectors, sam
 from umiad import weights as backbones
 from umiad.cases import expand
 from umiad.config import check_size
@@ -64,13 +64,16 @@ def build(
         folder = overrides.pop("sam", None)
         if folder is None:
             raise ConfigError(f"edge 'sam' needs a SAM checkpoint, the setting sam: {sam.HOW_TO_GET}")
+        folder = _path_setting("sam", folder)
         made: Any = sam.build(
             folder, preset=preset, weights=weights, size=size, seed=seed, settings=overrides
         )
         return made
-    if detector == "medvit" and (file := overrides.pop(medvit_checkpoint.SETTING, None)) is not None:
-        made = medvit_checkpoint.build(file, preset=preset, size=size, seed=seed, settings=overrides)
-        return made  # noqa: RET504 - a ModuleDict as `module`, which the protocol's type does not see
+    if detector == "medvit" and "checkpoint" in overrides:
+        from umiad import medvit_checkpoint  # few need it, and everything imports this module
+
+        file = _path_setting("checkpoint", overrides.pop("checkpoint"))
+        return medvit_checkpoint.build(file, preset=preset, size=size, seed=seed, settings=overrides)
     cls = detectors.detector_class(detector)
     chosen = _weights(
         os.fspath(weights), str(overrides.get("backbone", "resnet18")), needed=cls.info.uses_backbone
@@ -79,6 +82,13 @@ def build(
     common: dict[str, Any] = {"size": size, "seed": seed, "weights": chosen.label, **overrides}
     config = detectors.preset_config(detector, preset, **common, training=training)
     return detectors.make(detector, config.canonical(), chosen.state)
+
+
+def _path_setting(name: str, value: object) -> str:
+    """The path that a setting names. Raises ConfigError for what is none."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise ConfigError(f"{name}: expected a path, got {value!r}")
+    return os.fspath(value)
 
 
 def _weights(source: str, backbone: str, *, needed: bool) -> backbones.Weights:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from umiad.agreement import map_difference, share
+from umiad.agreement import changed_decisions, map_difference, share
 from umiad.errors import ConfigError
 from umiad.features import device_of
 from umiad.fitted import FittedModel
@@ -116,10 +116,8 @@ def compare(model: FittedModel, images: Sequence[Image]) -> Parity:
     before, after = (np.array([score for _, score, _ in each]) for each in (exact, rough))
     calibration, changed = model.config.calibration, 0
     if calibration is not None:
-        for (_, score, map_), (_, other, other_map) in zip(exact, rough, strict=True):
-            limit = calibration.map_threshold
-            changed += calibration.is_above(score) != calibration.is_above(other)
-            changed += bool(map_.max() > limit) != bool(other_map.max() > limit)
+        maps, other_maps = (np.stack([map_ for *_, map_ in each]) for each in (exact, rough))
+        changed = changed_decisions((maps, before), (other_maps, after), calibration)
     return Parity(
         images=len(exact),
         map_error=max(map_difference(a, b) for (*_, a), (*_, b) in zip(exact, rough, strict=True)),

@@ -61,6 +61,12 @@ class MissingExtraError(UmiadError):
     exit_code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error of a library, at most 200 characters of it."""
+    text = (str(error).strip() or "no reason given").splitlines()[0][:200]
+    return f"{type(error).__name__}: {text}"
+
+
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     """Import an optional dependency, or raise MissingExtraError with the command that installs it."""
     try:

@@ -117,10 +117,10 @@ class FeatureCache:
         if name not in self._packed:
             return values
         packed = values.half()
-        if not bool(torch.isfinite(packed).all()):
+        if bool((packed.isinf() & values.isfinite()).any()):
+            most = float(values[values.isfinite()].abs().max())
             raise TrainingError(
-                f"features {name!r} reach {float(values.abs().max()):.3g}, more than float16 holds (65504): "
-                "fit without compact features"
+                f"features {name!r} reach {most:.3g}, more than float16 holds (65504): fit without compact features"
             )
         return packed
 

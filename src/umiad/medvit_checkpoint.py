@@ -25,8 +25,6 @@ from umiad.errors import ConfigError, InputError, ModelFileError
 from umiad.nn.kan import POINTS, RANGE
 from umiad.nn.medvit import DESIGNS, GlobalBlock, MedVitNetwork
 
-SETTING = "checkpoint"
-"""The setting of `medvit` that names the file."""
 HOW_TO_GET = (
     "a .safetensors file with the tensors of a published MedViTV2, converted once, apart from umiad: "
     'state = torch.load("MedViT_small.pth", weights_only=True, map_location="cpu"); '
@@ -137,14 +135,10 @@ def build(
     presets = FrozenMedVit.presets
     if preset not in presets:
         raise ConfigError(f"unknown preset {preset!r} for medvit{nearest(preset, list(presets))}")
-    given = {**presets[preset], **(settings or {})}
-    network = given.get("network", FrozenConfig.model_fields["network"].default)
-    if network not in DESIGNS:
-        raise ConfigError(f"network: {network!r}{nearest(str(network), list(DESIGNS))}")
-    checkpoint = read_checkpoint(file, network=network)
-    common = {"size": size, "seed": seed, "preset": preset, "weights": checkpoint.label}
-    config = FrozenConfig.parse({**given, **common})
-    return FrozenMedVit(config, checkpoint.state)
+    common = {"size": size, "seed": seed, "preset": preset}
+    config = FrozenConfig.parse({**presets[preset], **(settings or {}), **common})
+    checkpoint = read_checkpoint(file, network=config.network)
+    return FrozenMedVit(config.model_copy(update={"weights": checkpoint.label}), checkpoint.state)
 
 
 def _published(name: str, network: MedVitNetwork) -> str:

@@ -25,7 +25,7 @@ def count(part: nn.Module) -> dict[str, int]:
 
 def listing() -> list[dict[str, Any]]:
     """One row per detector: name, summary, reference, fidelity and presets; nothing is built."""
-    return [_facts(name) for name in detectors.names()]
+    return [_facts(cls, cls.info) for cls in map(detectors.detector_class, detectors.names())]
 
 
 def parameter_table(
@@ -44,8 +44,7 @@ def parameter_table(
         parts = {part: count(module) for part, module in detector.parts().items()}
         rows.append(
             {
-                **_facts(name),
-                "summary": detector.info.summary,  # of the design that this preset builds
+                **_facts(cls, detector.info),
                 "preset": preset,
                 "size": size,
                 "parts": parts,
@@ -56,11 +55,10 @@ def parameter_table(
     return rows
 
 
-def _facts(name: str) -> dict[str, Any]:
-    cls = detectors.detector_class(name)
-    info: DetectorInfo = cls.info
+def _facts(cls: type[Any], info: DetectorInfo) -> dict[str, Any]:
+    """Of a registered class, and of what it builds: its `info`, or that of the design a preset chooses."""
     return {
-        "name": name,
+        "name": info.name,
         "summary": info.summary,
         "reference": info.reference,
         "fidelity": info.fidelity,

@@ -86,7 +86,7 @@ class MedVitGaussians:
         self.index = torch.randperm(total, generator=rng)[: config.channels].sort().values
         self.embedding = Gaussians(1, dims[-1])
         self.positions = Gaussians(config.positions, len(self.index))
-        self.module = nn.ModuleDict(
+        self.module: nn.Module = nn.ModuleDict(
             {"network": self.network, "embedding": self.embedding, "positions": self.positions}
         )
         self.fitted = False

@@ -41,8 +41,8 @@ def export_model(
     The graph is compared with the model on the images under `check` (without any: on generated phantoms), in
     batches of 1 and of 3. Nothing is written where maps or image scores differ by more than 1e-4, or a decision does.
     `int8`: normal images on which convolutions are brought to 8 bits afterwards (ONNX Runtime only); how far that
-    is from the model is measured on the images of `check` and bounded (`umiad.exported.Loss`). `accuracy`: labelled
-    data on whose test part both are judged; see `umiad.evaluation.evaluate_model` for which that is.
+    is from the model is measured on the other images of `check` and bounded (`umiad.exported.Loss`). `accuracy`:
+    labelled data on whose test part both are judged; see `umiad.evaluation.evaluate_model` for which that is.
     `source_manifest_sha256` of the saved model is noted in the export. The model is moved to the CPU.
 
     Raises:
@@ -77,10 +77,11 @@ def export_model(
     lost = None
     if int8:
         reporter.note("quantising: ranges of 8 bits from normal images")
-        normal = [to_input(image, preprocessing) for image in parity.named_images(model, int8)]
-        files = {GRAPH: quantise.to_int8(graph, np.stack(normal), size=preprocessing.size, name=name)}
+        normals = [to_input(image, preprocessing) for image in parity.named_images(model, int8)]
+        others = parity.others(images, normals, preprocessing)
+        files = {GRAPH: quantise.to_int8(graph, np.stack(normals), size=preprocessing.size, name=name)}
         run = _started(to, files, size=preprocessing.size, name=name)
-        lost = parity.loss(model, run, images, source=source)
+        lost = parity.loss(model, run, others, source=source)
         if not lost.kept:
             raise ConfigError(
                 f"{name} is not exported: 8 bits change too much: {lost.words()}; nothing was written; more normal "

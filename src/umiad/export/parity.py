@@ -10,9 +10,10 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-from umiad.agreement import map_difference, share
+from umiad.agreement import changed_decisions, map_difference, share
 from umiad.calibration import Calibration
 from umiad.cases import expand
+from umiad.config import Preprocessing
 from umiad.data import list_images
 from umiad.errors import InputError
 from umiad.evaluation import judge, score_cases, score_test
@@ -88,6 +89,21 @@ def measure(
     )
 
 
+def others(images: Sequence[Image], seen: Sequence[np.ndarray], preprocessing: Preprocessing) -> list[Image]:
+    """Those of `images` that do not look like any of `seen` (preprocessed) to the network.
+
+    Raises InputError where none is left: what was fitted to images cannot be judged on them.
+    """
+    known = {each.tobytes() for each in seen}
+    found = [image for image in images if to_input(image, preprocessing).tobytes() not in known]
+    if not found:
+        raise InputError(
+            images[0].name,
+            "every image to compare on is one whose ranges 8 bits are fitted to, expected others",
+        )
+    return found
+
+
 def loss(
     model: FittedModel, run: Run, images: Sequence[Image], *, source: Literal["images", "phantoms"]
 ) -> Loss:
@@ -96,27 +112,26 @@ def loss(
     maps = [map_difference(*pair) for pair in zip(expected[0], found[0], strict=True)]
     spread = float(np.std(expected[1]))
     most = float(np.abs(found[1] - expected[1]).max())
-    changed, decisions = 0, 0
-    if (calibration := model.config.calibration) is not None:
-        peaks = [each.reshape(len(each), -1).max(axis=1) for each in (expected[0], found[0])]
-        for (before, after), threshold in (
-            ((expected[1], found[1]), calibration.image_threshold),
-            (peaks, calibration.map_threshold),
-        ):
-            changed += int(((before > threshold) != (after > threshold)).sum())
-            decisions += len(before)
-    alike = spread == 0 or float(np.std(found[1])) == 0
-    rank = None if alike else float(stats.spearmanr(expected[1], found[1]).statistic)
+    calibration, changed = model.config.calibration, 0
+    if calibration is not None:
+        changed = changed_decisions(expected, found, calibration)
     return Loss(
         images=len(images),
         source=source,
         map_median=float(np.median(maps)),
         map_most=max(maps),
         score_most=share(most, spread),
-        rank_correlation=rank,
-        decisions=decisions,
+        rank_correlation=None if spread == 0 else _rank_correlation(expected[1], found[1]),
+        decisions=0 if calibration is None else 2 * len(images),
         changed=changed,
     )
+
+
+def _rank_correlation(expected: np.ndarray, found: np.ndarray) -> float:
+    """Spearman's, of scores that are not all alike; 0 where `found` are, or are no numbers: no order is left."""
+    if not np.isfinite(found).all() or np.ptp(found) == 0:
+        return 0.0
+    return float(stats.spearmanr(expected, found).statistic)
 
 
 def accuracy(

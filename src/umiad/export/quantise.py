@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from umiad import onnxfile
-from umiad.errors import ConfigError, require
+from umiad.errors import ConfigError, UmiadError, first_line, require
 
 AT_ONCE = 4
 """Images that pass the graph together while ranges are collected."""
@@ -57,11 +57,10 @@ def to_int8(graph: bytes, inputs: np.ndarray, *, size: int, name: str) -> bytes:
             quantised.ParseFromString(target.read_bytes())
         content = onnxfile.cleaned(quantised)
         onnxfile.check(content, size=size, source=f"the int8 graph of {name}")
-    except ConfigError:
-        raise
+    except UmiadError as error:
+        raise ConfigError(f"{name} cannot be quantised: {error}") from error
     except Exception as error:  # the library's errors have no common class
-        first = (str(error).strip() or "no reason given").splitlines()[0][:200]
-        raise ConfigError(f"{name} cannot be quantised: {type(error).__name__}: {first}") from error
+        raise ConfigError(f"{name} cannot be quantised: {first_line(error)}") from error
     return content
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from umiad import onnxfile
 from umiad.detectors.contract import Detector, DetectorInfo
-from umiad.errors import ConfigError, UmiadError, require
+from umiad.errors import ConfigError, UmiadError, first_line, require
 from umiad.manifest import IR_GRAPH, IR_WEIGHTS
 
 OPSET = 20
@@ -79,9 +79,8 @@ def to_onnx(detector: Detector, example: Tensor) -> bytes:
     except UmiadError as error:
         raise ConfigError(f"{name} cannot be exported: {error}") from error
     except Exception as error:  # the exporter's errors have no common class
-        first = (str(error).strip() or "no reason given").splitlines()[0][:200]
         raise ConfigError(
-            f"{name} cannot be exported: its scoring cannot be traced: {type(error).__name__}: {first}"
+            f"{name} cannot be exported: its scoring cannot be traced: {first_line(error)}"
         ) from error
     return content
 
