@@ -208,6 +208,21 @@ def test_calibrate_inspect_and_their_json(model, data, tmp_path):
     assert "image_threshold" in run("inspect", tmp_path / "site").stdout
 
 
+SLOW_TO_IMPORT = ("FrEIA", "lightning", "matplotlib", "monai", "scipy.stats", "sklearn", "torch._dynamo")
+
+
+def test_scoring_with_the_default_imports_nothing_slow_that_it_does_not_need(data, tmp_path):
+    words = ["fit", data, "--out", tmp_path / "model", "--weights", "random", "--size", 64]
+    run(*words, "--set", "backbone=resnet-tiny")
+    code = "import sys\nfrom umiad.cli import main\n"
+    code += f"try: main()\nfinally: print([name for name in {SLOW_TO_IMPORT} if name in sys.modules])"
+    words = ["score", tmp_path / "model", data / "abnormal", "--out", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_all_detectors_are_listed_and_none_is_built(monkeypatch):
     monkeypatch.setattr("torch.nn.Module.__init__", None)
     rows = json.loads(run("detectors", "--json").stdout)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from umiad import detectors, sam
+from umiad import detectors
 from umiad import weights as backbones
 from umiad.cases import expand
 from umiad.config import check_size
@@ -60,7 +60,9 @@ def build(
     """
     check_size(size)
     overrides = dict(settings or {})
-    if detector == "egmf" and overrides.get("edge") == sam.EDGE:
+    if detector == "egmf" and overrides.get("edge") == "sam":
+        from umiad import sam  # few need it, and everything imports this module
+
         folder = overrides.pop("sam", None)
         if folder is None:
             raise ConfigError(f"edge 'sam' needs a SAM checkpoint, the setting sam: {sam.HOW_TO_GET}")
@@ -70,7 +72,7 @@ def build(
         )
         return made
     if detector == "medvit" and "checkpoint" in overrides:
-        from umiad import medvit_checkpoint  # few need it, and everything imports this module
+        from umiad import medvit_checkpoint  # likewise
 
         file = _path_setting("checkpoint", overrides.pop("checkpoint"))
         return medvit_checkpoint.build(file, preset=preset, size=size, seed=seed, settings=overrides)

@@ -247,6 +247,11 @@ def _memory_limit(limit: int, *, source: str) -> AbstractContextManager[object]:
     class Meter(TorchDispatchMode):
         taken = 0
 
+        @classmethod
+        def _should_skip_dynamo(cls) -> bool:
+            """No: torch would import its compiler (seconds) to keep it out of here, and nothing is compiled here."""
+            return False
+
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             self.taken += _new_bytes(func, args, kwargs or {})
             if self.taken > limit:

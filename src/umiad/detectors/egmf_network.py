@@ -17,7 +17,6 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.nn.aggregate import AGGREGATES
 from umiad.nn.edge import EDGES, sobel_target
 from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid, pool, pooled_size
-from umiad.nn.flow import ConditionalFlow, position_encoding
 from umiad.nn.fusion import FUSIONS
 from umiad.nn.guidance import GUIDANCES
 from umiad.nn.precision import exact
@@ -90,6 +89,11 @@ class EGMFNetwork(nn.Module):
     fusion: nn.Module
 
     def __init__(self, config: NetworkConfig) -> None:
+        from umiad.nn.flow import (
+            ConditionalFlow,
+            position_encoding,
+        )  # FrEIA's import of scipy.stats takes seconds
+
         super().__init__()
         self.edge = EDGES[config.edge](seed=config.seed)
         aggregate = AGGREGATES[config.aggregate](seed=config.seed)

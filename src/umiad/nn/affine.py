@@ -103,7 +103,7 @@ class AffineFlow(nn.Module):
         super().__init__()
         rank = min(rank, channels)
         self.register_buffer("mean", torch.zeros(positions, channels))
-        self.register_buffer("whitener", torch.eye(channels))
+        self.register_buffer("whitener", torch.zeros(channels, channels).fill_diagonal_(1))
         self.register_buffer("regression", torch.zeros(channels, channels if conditional else 0))
         self.register_buffer("vectors", torch.zeros(positions, channels, rank))
         self.register_buffer("gain", torch.zeros(positions, rank))
