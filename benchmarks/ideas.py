@@ -24,10 +24,9 @@ from umiad.config import Preprocessing
 from umiad.data import load_data
 from umiad.fitting import case_image, split_data
 from umiad.nn.affine import AffineFlow, TwinMoments, on_grid
-from umiad.nn.fibres import to_pixels
 from umiad.preprocess import to_input
 from umiad.progress import RichReporter
-from umiad.scoring import smooth, top_mean
+from umiad.scoring import smooth_cells, top_mean
 from umiad.tuning import TuneOptions
 from umiad.tuning_folds import Fold, judge_fold, make_folds
 
@@ -244,7 +243,7 @@ def all_views(grey: Tensor, weights: str) -> dict[str, Tensor]:
 def judge(fold: Fold, energy: Tensor, size: int) -> dict[str, float | None]:
     """det_auroc, seg_auroc and seg_aupro of an idea on a fold, post-processed as the default is."""
     edge = round(energy.shape[1] ** 0.5)
-    maps = smooth(to_pixels(energy.unflatten(1, (edge, edge)), size), 4.0)
+    maps = smooth_cells(energy.unflatten(1, (edge, edge)), size, 4.0)
     scores = top_mean(maps, TOP).double().numpy()
     found: dict[str, float | None] = judge_fold(fold, scores, maps.numpy(), n_resamples=0)["metrics"]
     return found

@@ -116,6 +116,25 @@ def test_an_unconditional_flow_does_not_look_at_the_condition():
     assert torch.equal(u, flow(fibres, twins)[0])
 
 
+@pytest.mark.parametrize("rank", [1, 3, C])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_mean_square_is_that_of_the_latents(conditional, rank):
+    flow = fitted(moments_of(*pairs()), rank=rank, conditional=conditional, prior=5.0)
+    z, c = pairs(5, seed=1)
+    torch.testing.assert_close(flow.mean_square(z, c), flow(z, c)[0].square().mean(2), rtol=1e-10, atol=0)
+    along = flow.mean + flow.vectors[:, :, -1] @ torch.linalg.inv(flow.whitener).mT  # what is left is small
+    expected = flow(along[None], along[None])[0].square().mean(2)
+    found = flow.float().mean_square(along[None].float(), along[None].float())
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_mean_square_is_never_negative(conditional):
+    flow = fitted(moments_of(*pairs()), rank=C, conditional=conditional).float()
+    at_the_mean = flow.mean[None]
+    assert float(flow.mean_square(at_the_mean, at_the_mean).min()) >= 0.0
+
+
 def test_an_unfitted_flow_changes_nothing():
     fibres, twins = pairs(2)
     u, log_det = AffineFlow(P, C, rank=3, conditional=True).double()(fibres, twins)

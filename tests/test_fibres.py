@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from umiad.errors import InputError
-from umiad.nn.fibres import join, neighbourhood, to_pixels
+from umiad.nn.fibres import join, neighbourhood
 
 
 def test_a_neighbourhood_is_the_mean_of_what_lies_inside_the_map():
@@ -44,8 +44,3 @@ def test_one_map_alone_is_left_as_it_is():
 def test_maps_that_cannot_be_joined_are_refused(maps):
     with pytest.raises(InputError, match="all of one B"):
         join(maps)
-
-
-def test_values_per_position_are_brought_to_pixels_bilinearly():
-    pixels = to_pixels(torch.tensor([[[0.0, 4.0], [0.0, 4.0]]]), 4)
-    torch.testing.assert_close(pixels, torch.tensor([0.0, 1.0, 3.0, 4.0]).expand(1, 4, 4))

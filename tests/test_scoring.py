@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional as F
 
 from umiad.errors import ConfigError, InputError
 from umiad.scoring import (
@@ -20,6 +21,7 @@ from umiad.scoring import (
     maximum,
     position_log_likelihood,
     smooth,
+    smooth_cells,
     top_mean,
 )
 from umiad.types import Scores
@@ -215,6 +217,19 @@ def test_no_smoothing_changes_nothing():
     assert torch.equal(smooth(maps, 0.0), maps)
 
 
+@pytest.mark.parametrize(
+    ("grid", "size"), [((4, 4), 64), ((16, 16), 64), ((3, 5), 32), ((64, 64), 32), ((1, 1), 8)]
+)
+@pytest.mark.parametrize("sigma", [0.0, 0.7, 4.0])
+def test_smoothed_cells_are_the_smoothed_bilinear_map(grid, size, sigma):
+    cells = torch.randn(3, *grid, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    bilinear = F.interpolate(cells[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
+    torch.testing.assert_close(smooth_cells(cells, size, sigma), smooth(bilinear, sigma), rtol=0, atol=1e-12)
+    narrow = smooth_cells(cells.float(), size, sigma)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), smooth(bilinear, sigma), rtol=0, atol=1e-6)
+
+
 def test_smoothing_does_not_depend_on_the_batch():
     maps = torch.randn(7, 33, 31, generator=torch.Generator().manual_seed(3))
     alone = torch.cat([smooth(maps[row : row + 1], 2.0) for row in range(7)])
@@ -226,6 +241,8 @@ def test_smoothing_does_not_depend_on_the_batch():
 def test_unusable_widths_are_refused(sigma):
     with pytest.raises(ConfigError, match="sigma"):
         smooth(torch.zeros(1, 4, 4), sigma)
+    with pytest.raises(ConfigError, match="sigma"):
+        smooth_cells(torch.zeros(1, 4, 4), 8, sigma)
 
 
 # Image scores from maps
@@ -246,7 +263,13 @@ def test_top_mean_does_not_depend_on_the_batch():
 
 
 @pytest.mark.parametrize(
-    "compute", [maximum, lambda maps: top_mean(maps, 0.1), lambda maps: smooth(maps, 1.0)]
+    "compute",
+    [
+        maximum,
+        lambda maps: top_mean(maps, 0.1),
+        lambda maps: smooth(maps, 1.0),
+        lambda maps: smooth_cells(maps, 8, 1.0),
+    ],
 )
 @pytest.mark.parametrize("shape", [(4, 4), (1, 1, 4, 4), (2, 0, 4)])
 def test_maps_have_three_axes_and_pixels(compute, shape):

@@ -150,7 +150,8 @@ class FeatureCache:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where the tensors of a module lie; the CPU for one that has none."""
-    return next((tensor.device for tensor in module.state_dict().values()), torch.device("cpu"))
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def _first_of_each(images: Iterable[Item]) -> Iterator[Item]:

@@ -131,6 +131,11 @@ def _check_maps(maps: Tensor) -> None:
         raise InputError("anomaly maps", f"shape {list(maps.shape)}, expected [B,H,W]")
 
 
+def _check_sigma(sigma: float) -> None:
+    if not (math.isfinite(sigma) and sigma >= 0):
+        raise ConfigError(f"sigma {sigma}, expected 0 or more pixels")
+
+
 def smooth(maps: Tensor, sigma: float) -> Tensor:
     """Convolve maps [B,H,W] with a Gaussian of `sigma` pixels, mirrored at the borders; 0 changes nothing.
 
@@ -140,13 +145,33 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
     Raises InputError on another shape, ConfigError when `sigma` is negative or not finite.
     """
     _check_maps(maps)
-    if not (math.isfinite(sigma) and sigma >= 0):
-        raise ConfigError(f"sigma {sigma}, expected 0 or more pixels")
+    _check_sigma(sigma)
     if sigma == 0:
         return maps
     wide = exact(maps)
     rows, columns = (_gaussian(length, sigma).to(wide) for length in maps.shape[1:])
     return (rows @ wide @ columns.mT).to(maps)
+
+
+def smooth_cells(cells: Tensor, size: int, sigma: float) -> Tensor:
+    """Values per position [B,h,w] -> maps [B,size,size]: bilinear (align_corners=False), then `smooth`, at one go.
+
+    Both are linear, so that their product, [size,h] for the rows, is applied to the small grid: what
+    `smooth(to_pixels(cells, size), sigma)` is, up to rounding, without ever smoothing size x size pixels.
+    Raises as `smooth` does.
+    """
+    _check_maps(cells)
+    _check_sigma(sigma)
+    wide = exact(cells)
+    kernel = _gaussian(size, sigma).to(wide) if sigma else torch.eye(size).to(wide)
+    rows, columns = (kernel @ _bilinear(length, size).to(wide) for length in cells.shape[1:])
+    return (rows @ wide @ columns.mT).to(cells)
+
+
+def _bilinear(length: int, size: int) -> Tensor:
+    """Interpolation of `length` values at `size` pixels as a matrix [size,length] (align_corners=False)."""
+    at = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5
+    return (1 - (at.clamp(0, length - 1)[:, None] - torch.arange(length)).abs()).clamp_min(0)
 
 
 def _gaussian(length: int, sigma: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The values that travel between layers. Importing this module must not import torch."""
+"""The values that travel between layers. Importing this module must import neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 NORMAL, ABNORMAL = 0, 1

@@ -86,6 +86,8 @@ def _filled(key: str, tensor: torch.Tensor) -> torch.Tensor:
         values = 0.5 + values
     elif key.endswith("whitener") and tensor.ndim == 2:
         values = torch.eye(len(tensor), dtype=torch.float64) + 0.01 * (values - 0.5)
+    elif key.endswith("vectors"):
+        values = torch.linalg.qr(values - 0.5).Q  # orthonormal, as every fit makes them
     else:
         inputs = tensor[:1].numel() if tensor.ndim > 1 else 100
         values = (values - 0.5) * (12 / max(1, inputs)) ** 0.5

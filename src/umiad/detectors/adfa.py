@@ -15,10 +15,10 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.descriptor import Descriptor
 from umiad.nn.encoder import BACKBONES, Pyramid
-from umiad.nn.fibres import join, to_pixels
+from umiad.nn.fibres import join
 from umiad.nn.shrink import shrink
 from umiad.nn.topk import distance_prices, nearest_cost
-from umiad.scoring import maximum, smooth
+from umiad.scoring import maximum, smooth_cells
 from umiad.types import Scores
 
 SCALES = (1, 2, 3)
@@ -210,7 +210,7 @@ class Adfa:
         check_fitted(fitted=self.fitted, name=self.info.name)
         with evaluating(self.module):
             cells = self._scored(prepared).sqrt().unflatten(1, (self.config.side, self.config.side))
-            maps = smooth(to_pixels(cells, self.config.size), self.config.sigma)
+            maps = smooth_cells(cells, self.config.size, self.config.sigma)
             return Scores(maps, maximum(maps))
 
     def parts(self) -> dict[str, nn.Module]:

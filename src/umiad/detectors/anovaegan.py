@@ -14,13 +14,12 @@ from umiad.config import DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import seeded
-from umiad.nn.fibres import to_pixels
 from umiad.nn.parts import in_parts
 from umiad.nn.pixels import grey
 from umiad.nn.precision import exact
 from umiad.nn.vae import ConvolutionalCritic, Decoder, GaussianEncoder, kl_divergence, sample
 from umiad.nn.wgan import critic_loss, frozen, generator_loss
-from umiad.scoring import smooth, top_mean
+from umiad.scoring import smooth_cells, top_mean
 from umiad.types import Scores
 
 IMAGES_AT_ONCE = 32
@@ -164,12 +163,12 @@ class AnoVaeGan:
     def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
         """Scores from grey images, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
-        maps = []
+        residuals = []
         with evaluating(self.module):
             for real in in_parts(prepared["grey"], IMAGES_AT_ONCE):
                 residual = (real - self.decoder(self.encoder(real)[0])).abs()
-                maps.append(to_pixels(residual[:, 0], self.config.size))
-            smoothed = smooth(torch.cat(maps), self.config.sigma)
+                residuals.append(residual[:, 0])
+            smoothed = smooth_cells(torch.cat(residuals), self.config.size, self.config.sigma)
             return Scores(smoothed, top_mean(smoothed, self.config.top_fraction))
 
     def parts(self) -> dict[str, nn.Module]:

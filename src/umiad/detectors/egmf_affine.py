@@ -15,12 +15,12 @@ from umiad.config import TINY, DetectorConfig, nearest
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
-from umiad.nn.affine import AffineFlow, TwinMoments, fibres_of, on_grid
+from umiad.nn.affine import AffineFlow, TwinMoments, fibres_of
 from umiad.nn.edge import EDGE_CHANNELS, EDGES, FineScales
 from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid
-from umiad.nn.fibres import neighbourhood, to_pixels
+from umiad.nn.fibres import neighbourhood
 from umiad.nn.precision import exact
-from umiad.scoring import LIKELIHOODS, smooth, top_mean
+from umiad.scoring import smooth_cells, top_mean
 from umiad.types import Scores
 
 DEPTH = 3
@@ -33,10 +33,12 @@ GUIDES: dict[str, tuple[type[nn.Module], int]] = {
 }
 """Name -> what makes edge features of F1 and F2, and how many channels they have."""
 TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sqrt": torch.sqrt,
+    "sqrt": torch.sqrt_,
     "identity": lambda features: features,
 }
-"""Name -> what is done to every feature, all >= 0, before they are averaged."""
+"""Name -> what is done to every feature, all >= 0, before they are averaged; may overwrite its argument."""
+VOLUME = {"latent": 0.0, "full": 1.0}
+"""Name of a likelihood -> how often the log-determinant counts in it."""
 
 
 class AffineConfig(DetectorConfig):
@@ -194,8 +196,8 @@ class AffineEGMF:
         check_fitted(fitted=self.fitted, name=self.info.name)
         with evaluating(self.module):
             found = self._log_likelihoods(prepared, likelihood=self.config.likelihood)
-            maps = to_pixels(-torch.stack(list(found.values())).sum(0), self.config.size)
-            maps = smooth(maps, self.config.sigma)
+            cells = -torch.stack(list(found.values())).sum(0)
+            maps = smooth_cells(cells, self.config.size, self.config.sigma)
             return Scores(maps, top_mean(maps, self.config.top_fraction))
 
     def parts(self) -> dict[str, nn.Module]:
@@ -232,7 +234,7 @@ class AffineEGMF:
         edge = self.config.size // 2 ** (DEPTH + 1)
         found = {}
         for view, flow in self.flows.items():
-            u, log_det = flow(fibres, twins)
-            log_dets = log_det.unflatten(0, (edge, edge)).expand(u.shape[0], -1, -1)
-            found[view] = LIKELIHOODS[likelihood](on_grid(u, (edge, edge)), log_dets)
+            per_dim = flow.log_det * (VOLUME[likelihood] / fibres.shape[2])
+            values = per_dim - 0.5 * flow.mean_square(fibres, twins)
+            found[view] = values.unflatten(1, (edge, edge))
         return found

@@ -14,13 +14,12 @@ from umiad.config import DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import seeded
-from umiad.nn.fibres import to_pixels
 from umiad.nn.gan import Critic, Generator, LatentEncoder
 from umiad.nn.parts import in_parts
 from umiad.nn.pixels import grey
 from umiad.nn.precision import exact
 from umiad.nn.wgan import critic_loss, frozen, generator_loss
-from umiad.scoring import smooth
+from umiad.scoring import smooth_cells
 from umiad.types import Scores
 
 IMAGES_AT_ONCE = 32
@@ -225,14 +224,14 @@ class FAnoGan:
     def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
         """Scores from grey images, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
-        maps, scores = [], []
+        residuals, scores = [], []
         with evaluating(self.module):
             for real in _parts(prepared):
                 restored = self._restored(real)
-                residual = (real - restored).abs()
-                maps.append(to_pixels(residual[:, 0], self.config.size))
+                residuals.append((real - restored).abs()[:, 0])
                 scores.append(self._distance(real, restored))
-            return Scores(smooth(torch.cat(maps), self.config.sigma), torch.cat(scores))
+            maps = smooth_cells(torch.cat(residuals), self.config.size, self.config.sigma)
+            return Scores(maps, torch.cat(scores))
 
     def parts(self) -> dict[str, nn.Module]:
         """Named parts for parameter counts; nothing is frozen from the start."""

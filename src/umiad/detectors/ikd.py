@@ -14,11 +14,10 @@ from umiad.config import SIZE_MAX, SIZE_STEP, DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.nn.encoder import Pyramid, grid
-from umiad.nn.fibres import to_pixels
 from umiad.nn.parts import in_parts
 from umiad.nn.shrink import SMALLEST_EDGE, shrink, stretch
 from umiad.nn.student import Mined, Student, mine
-from umiad.scoring import maximum, smooth
+from umiad.scoring import maximum, smooth_cells
 from umiad.types import Scores
 
 IMAGES_AT_ONCE = 8
@@ -177,7 +176,7 @@ class Ikd:
         check_fitted(fitted=self.fitted, name=self.info.name)
         with evaluating(self.module):
             product = torch.stack(self._distances(prepared)).prod(0)
-            maps = smooth(to_pixels(product, self.config.size), self.config.sigma)
+            maps = smooth_cells(product, self.config.size, self.config.sigma)
             return Scores(maps, maximum(maps))
 
     def parts(self) -> dict[str, nn.Module]:

@@ -13,12 +13,12 @@ from umiad.config import SIZE_STEP, DetectorConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
-from umiad.nn.fibres import join, to_pixels
+from umiad.nn.fibres import join
 from umiad.nn.ledoit_wolf import Gaussians, Moments
 from umiad.nn.medvit import DESIGNS, STRIDES, Features, MedVitNetwork
 from umiad.nn.parts import in_parts
 from umiad.nn.shrink import SMALLEST_EDGE, shrink
-from umiad.scoring import maximum, smooth
+from umiad.scoring import maximum, smooth_cells
 from umiad.types import Scores
 
 STAGES = (2, 3)
@@ -131,7 +131,7 @@ class MedVitGaussians:
                 distance = self.positions.distance(self._fibres(found))  # [P,B]
                 cells.append(distance.T.unflatten(1, found.maps[STAGES[0] - 1].shape[2:]))
                 whole.append(self.embedding.distance(found.embedding[None])[0])
-            maps = smooth(to_pixels(torch.cat(cells), self.config.size), self.config.sigma)
+            maps = smooth_cells(torch.cat(cells), self.config.size, self.config.sigma)
             by_map = self.config.image_score == "map"
             return Scores(maps, maximum(maps) if by_map else torch.cat(whole))
 

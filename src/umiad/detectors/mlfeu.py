@@ -13,11 +13,10 @@ from umiad.config import SIZE_MIN, SIZE_STEP, DetectorConfig, TrainingConfig
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.detectors.mlfeu_objective import OBJECTIVES
-from umiad.nn.fibres import to_pixels
 from umiad.nn.mlfeu import MlfeuNet
 from umiad.nn.parts import in_parts
 from umiad.nn.pixels import grey
-from umiad.scoring import smooth, top_mean
+from umiad.scoring import smooth_cells, top_mean
 from umiad.types import Scores
 
 PIXELS_AT_ONCE = 8 * 256 * 256
@@ -173,12 +172,11 @@ class Mlfeu:
     def score_prepared(self, prepared: dict[str, Tensor]) -> Scores:
         """Scores from grey images, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
-        maps = []
+        judged = []
         with evaluating(self.module):
             for images in self._portions(prepared["grey"]):
-                judged = self.objective.judge(self.network, images)
-                maps.append(to_pixels(judged[:, 0], self.config.size))
-            smoothed = smooth(torch.cat(maps), self.config.sigma)
+                judged.append(self.objective.judge(self.network, images)[:, 0])
+            smoothed = smooth_cells(torch.cat(judged), self.config.size, self.config.sigma)
             return Scores(smoothed, top_mean(smoothed, self.config.top_fraction))
 
     def parts(self) -> dict[str, nn.Module]:

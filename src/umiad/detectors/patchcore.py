@@ -15,10 +15,10 @@ from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import ModelFileError, TrainingError
 from umiad.nn.encoder import BACKBONES, Pyramid
-from umiad.nn.fibres import join, neighbourhood, to_pixels
+from umiad.nn.fibres import join, neighbourhood
 from umiad.nn.parts import in_parts
 from umiad.nn.precision import exact
-from umiad.scoring import smooth
+from umiad.scoring import smooth_cells
 from umiad.types import Scores
 
 SCALES = (2, 3)
@@ -254,8 +254,8 @@ class PatchCore:
             image = torch.arange(features.shape[0], device=place.device)
             farthest = fibres.unflatten(0, (features.shape[0], -1))[image, place]
             weight = self.bank.weight(farthest, index[image, place], neighbours=self.config.neighbours)
-            maps = to_pixels(distances.unflatten(1, features.shape[-2:]), self.config.size)
-            return Scores(smooth(maps, self.config.sigma), weight * peak)
+            cells = distances.unflatten(1, features.shape[-2:])
+            return Scores(smooth_cells(cells, self.config.size, self.config.sigma), weight * peak)
 
     def parts(self) -> dict[str, nn.Module]:
         """Named parts for parameter counts."""

@@ -16,10 +16,10 @@ from umiad.detectors.guards import check_fitted, check_images, check_state, eval
 from umiad.errors import ConfigError, TrainingError
 from umiad.nn.affine import spectrum
 from umiad.nn.encoder import BACKBONES, Pyramid
-from umiad.nn.fibres import join, neighbourhood, to_pixels
+from umiad.nn.fibres import join, neighbourhood
 from umiad.nn.precision import exact
 from umiad.nn.products import bmm_by_eights
-from umiad.scoring import maximum, smooth
+from umiad.scoring import maximum, smooth_cells
 from umiad.types import Scores
 
 FOLDS = 5
@@ -298,8 +298,8 @@ class PosGauss:
         """Scores from cached features: distances, bilinear to S x S, smoothed; image score = maximum."""
         check_fitted(fitted=self.fitted, name=self.info.name)
         with evaluating(self.module):
-            maps = to_pixels(self._distance(prepared["features"]), self.config.size)
-            maps = smooth(maps, self.config.sigma)
+            distances = self._distance(prepared["features"])
+            maps = smooth_cells(distances, self.config.size, self.config.sigma)
             return Scores(maps, maximum(maps))
 
     def parts(self) -> dict[str, nn.Module]:

@@ -112,14 +112,32 @@ class AffineFlow(nn.Module):
 
     def forward(self, z: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """z, c [B,P,C] -> u [B,P,C], log_det [P]."""
+        y = self._whitened(z, c)
+        inside = bmm_by_eights(y, self.vectors) * self.gain[:, None]
+        u = y * self.floor.rsqrt()[:, None, None] + bmm_by_eights(inside, self.vectors.mT)
+        return u.transpose(0, 1), self.log_det
+
+    def mean_square(self, z: Tensor, c: Tensor) -> Tensor:
+        """Mean over channels of u^2, >= 0: z, c [B,P,C] -> [B,P]. All that a likelihood needs, at half the cost of u.
+
+        The columns of V_p are orthonormal, so that with y as above
+
+            u^T u = y^T y / floor_p + sum_r ((1 / sqrt(floor_p) + gain_r)^2 - 1 / floor_p) (v_r^T y)^2,
+
+        which reads the vectors, by far the largest part of the state, once.
+        """
+        y = self._whitened(z, c)
+        inside = bmm_by_eights(y, self.vectors).square()
+        weights = self.gain * (self.gain + 2 * self.floor.rsqrt()[:, None])  # [P,r]
+        total = y.square().sum(2) / self.floor[:, None] + (inside @ weights[:, :, None])[:, :, 0]
+        return total.clamp_min(0).mT / y.shape[2]
+
+    def _whitened(self, z: Tensor, c: Tensor) -> Tensor:
+        """K (z - mean - R (c - mean)), [P,B,C]."""
         centred = z - self.mean
         if self.regression.shape[1]:
             centred = centred - (c - self.mean) @ self.regression.mT
-        y = centred @ self.whitener.mT
-        each = y.transpose(0, 1)  # [P,B,C]
-        inside = bmm_by_eights(each, self.vectors) * self.gain[:, None]
-        u = each * self.floor.rsqrt()[:, None, None] + bmm_by_eights(inside, self.vectors.mT)
-        return u.transpose(0, 1), self.log_det
+        return (centred @ self.whitener.mT).transpose(0, 1)
 
     def fit(self, moments: TwinMoments, *, prior: float, epsilon: float) -> None:
         """Set all buffers from `moments`.

@@ -1,4 +1,4 @@
-"""From maps of several scales to one fibre per position, and from values per position back to pixels."""
+"""From maps of several scales to one fibre per position."""
 
 from __future__ import annotations
 
@@ -34,8 +34,3 @@ def join(maps: Sequence[Tensor]) -> Tensor:
         for each in maps
     ]
     return torch.cat(finest, dim=1)
-
-
-def to_pixels(values: Tensor, size: int) -> Tensor:
-    """Values per position [B,h,w] -> [B,size,size], bilinear (align_corners=False)."""
-    return F.interpolate(values[:, None], size=(size, size), mode="bilinear", align_corners=False)[:, 0]
