@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
+import backbone_forms
+from metrics_speed import CHUNK, base_fields, chunk
 from paper_protocol import CODE
 from speed import alternate
-from umiad import api, batch, exported, weights
+from umiad import api, batch, exported, metrics, weights
 from umiad.data import list_images
 from umiad.detectors.check import clean_images
 from umiad.errors import ConfigError, MissingExtraError
@@ -64,7 +66,11 @@ EXPORTS: dict[str, tuple[Runtime, bool]] = {
 }
 """Exports that are timed: runtime, and whether in 8 bits."""
 INT8_FILES = 32
-COUNTS: dict[str, tuple[int, ...]] = {"score": (16, 32, 64, 128), "fit": (16, 32, 64, 128)}
+COUNTS: dict[str, tuple[int, ...]] = {
+    "score": (16, 32, 64, 128),
+    "fit": (16, 32, 64, 128),
+    "evaluate": (50, 100, 200, 400),
+}
 
 
 class References:
@@ -95,7 +101,9 @@ class Bench:
         known = data / "busi"
         self.real = (known / "normal").is_dir()
         if not self.real:
-            known = write_phantoms(folder / "set", n_normal=133, n_abnormal=367, size=512)
+            known = write_phantoms(
+                folder / "set", n_normal=FOLDER // 4, n_abnormal=FOLDER - FOLDER // 4, size=512
+            )
         self.data = known
         found, _ = list_images([known])
         images = [path for path in found if "_mask" not in path.name]
@@ -108,9 +116,9 @@ class Bench:
         """The default detector, not fitted."""
         return api.build("egmf", preset=preset, weights=self.source, size=size)
 
-    def fit(self, images: Sequence[np.ndarray], size: int = 256) -> FittedModel:
-        """The default, fitted on grey images in 0..1."""
-        return api.fit(self.build(size), list(images), options=api.FitOptions(holdout=0.2))
+    def fit(self, images: Sequence[np.ndarray], size: int = 256, preset: str = "default") -> FittedModel:
+        """The default, or another preset, fitted on grey images in 0..1."""
+        return api.fit(self.build(size, preset), list(images), options=api.FitOptions(holdout=0.2))
 
     def inputs(self, size: int, count: int) -> list[np.ndarray]:
         """Grey images [size,size] in 0..1, generated."""
@@ -200,20 +208,22 @@ def folder(bench: Bench, turns: int) -> dict[str, float]:
 
 
 def arrays(bench: Bench, turns: int) -> dict[str, float]:
-    """`model.score` on arrays of 256 px, one and eight, as multiples of R1 and R2."""
-    found = {}
+    """`model.score` on arrays of 256 px, one and eight, as multiples of R1 and R2; and by preset "quick"."""
+    found, quick = {}, bench.fit(bench.inputs(256, 32), preset="quick")
     for count in (1, 8):
         images = bench.inputs(256, count)
         tensors = clean_images(count, size=256)
         seconds = alternate(
             {
                 **bench.references.calls(tensors),
-                "score": lambda images=images: bench.model.score(images),  # type: ignore[misc]
+                "score": functools.partial(bench.model.score, images),
+                "quick": functools.partial(quick.score, images),
             },
             repeats=3 * turns,
         )
         found[f"{count}, over r1"] = round(seconds["score"] / seconds["r1"], 4)
         found[f"{count}, over r2"] = round(seconds["score"] / seconds["r2"], 4)
+        found[f"{count}, quick, over r1"] = round(seconds["quick"] / seconds["r1"], 4)
     return found
 
 
@@ -261,8 +271,24 @@ def growth(bench: Bench, turns: int) -> dict[str, Any]:
         {n: timed(lambda n=n: model.score(arrays_[:n]), turns) for n in COUNTS["score"]}
     )
     found["images fitted"] = power({n: timed(lambda n=n: bench.fit(arrays_[:n]), 1) for n in COUNTS["fit"]})
+    found["maps evaluated"] = power(dict(evaluated(turns)))
     found["edge in pixels"] = power(dict(sized(bench, turns)))
     return found
+
+
+def evaluated(turns: int) -> Iterator[tuple[int, float]]:
+    """Number of maps of 256 px -> seconds of their exact pixel AUROC and AUPRO."""
+    fields, most = base_fields(np.random.default_rng(0)), max(COUNTS["evaluate"])
+    chunks = (chunk(number, *fields) for number in range(-(-most // CHUNK)))
+    maps, masks = (np.concatenate(each) for each in zip(*chunks, strict=True))
+
+    def exact(count: int) -> None:
+        ranking = metrics.rank_pixels(maps[:count], masks[:count])
+        metrics.ranked_auroc(ranking)
+        metrics.ranked_aupro(ranking)
+
+    for count in COUNTS["evaluate"]:
+        yield count, timed(functools.partial(exact, count), turns)
 
 
 def sized(bench: Bench, turns: int) -> Iterator[tuple[int, float]]:
@@ -317,7 +343,14 @@ def runtimes(bench: Bench, turns: int) -> dict[str, float]:
     return ratios(alternate({**bench.references.calls(tensors), **calls}, repeats=3 * turns))
 
 
+def backbone(bench: Bench, turns: int) -> dict[str, Any]:
+    """Other ways to run the backbone, as multiples of R1."""
+    del bench
+    return backbone_forms.measure(3 * turns)
+
+
 PARTS: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
+    "backbone": backbone,
     "stages": stages,
     "folder": folder,
     "arrays": arrays,

@@ -187,20 +187,27 @@ class _FoldedBlock:
 
 
 def _fold(convolution: nn.Module, norm: nn.Module, dtype: torch.dtype) -> Convolve:
-    """The convolution with the BatchNorm after it: W' = W g / sqrt(v + eps), b' = b - m g / sqrt(v + eps)."""
+    weight, bias = folded_weights(convolution, norm, dtype)
+    stride, padding = (cast(tuple[int, ...], getattr(convolution, each)) for each in ("stride", "padding"))
+
+    def convolve(x: Tensor) -> Tensor:
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    return convolve
+
+
+def folded_weights(convolution: nn.Module, norm: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Weights, channels-last, and bias of a convolution with the BatchNorm after it, folded in float64.
+
+    W' = W g / sqrt(v + eps), b' = b - m g / sqrt(v + eps).
+    """
     convolution, norm = cast(nn.Conv2d, convolution), cast(nn.BatchNorm2d, norm)
     mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
     scale = norm.weight.detach().double() * (variance + norm.eps).rsqrt()
     weight = (convolution.weight.detach().double() * scale[:, None, None, None]).to(
         dtype, memory_format=torch.channels_last
     )
-    bias = (norm.bias.detach().double() - mean * scale).to(dtype)
-    stride, padding = convolution.stride, cast(tuple[int, ...], convolution.padding)
-
-    def convolve(x: Tensor) -> Tensor:
-        return F.conv2d(x, weight, bias, stride, padding)
-
-    return convolve
+    return weight, (norm.bias.detach().double() - mean * scale).to(dtype)
 
 
 def _padding(channels: int, stride: int) -> Convolve:
