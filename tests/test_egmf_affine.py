@@ -396,3 +396,17 @@ def test_nothing_is_trainable_whatever_the_edge_part():
         assert not [p for p in detector.module.parameters() if p.requires_grad]
         assert detector.param_groups() == []
         assert not detector.edge.training
+
+
+def test_sums_that_no_memory_holds_are_refused_before_they_are_made(images, monkeypatch):
+    monkeypatch.setattr("umiad.detectors.egmf_affine.total_memory", lambda: 10**6)
+    detector = build()
+    prepared = detector.prepare(images)
+    with pytest.raises(
+        TrainingError, match=r"egmf at 64 px holds 0\.1 GB of sums .* this machine has 0\.0 GB"
+    ):
+        detector.collect(prepared)
+    monkeypatch.setattr(
+        "umiad.detectors.egmf_affine.total_memory", lambda: None
+    )  # nothing is known: nothing is refused
+    detector.collect(prepared)

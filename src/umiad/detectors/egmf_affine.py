@@ -15,6 +15,7 @@ from umiad.config import TINY, DetectorConfig, nearest
 from umiad.detectors.contract import DetectorInfo
 from umiad.detectors.guards import check_fitted, check_images, check_state, evaluating
 from umiad.errors import TrainingError
+from umiad.memory import total_memory
 from umiad.nn.affine import AffineFlow, TwinMoments, fibres_of
 from umiad.nn.edge import EDGE_CHANNELS, EDGES, FineScales
 from umiad.nn.encoder import BACKBONES, CHANNELS, Pyramid, grid
@@ -103,7 +104,7 @@ class AffineEGMF:
     Where couplings were put on top, they were at best level (docs/decisions/0005). EGM is untrained where it
     is chosen: no likelihood trains it well (see `umiad.nn.guidance`); F1 and F2 themselves do as well, but for brain
     MRI (docs/results.md, ingredient edges-egm). F4 does not take part. Fitting holds 0.8 GB of sums at 256 px,
-    whatever the number of images.
+    3.3 GB at 512 px and 13 GB at 1024 px, whatever the number of images; what the machine does not have is refused.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(
@@ -161,9 +162,10 @@ class AffineEGMF:
             }
 
     def collect(self, prepared: dict[str, Tensor]) -> None:
-        """Add one batch to the sums of every position."""
+        """Add one batch to the sums of every position. Raises TrainingError where memory cannot hold them."""
         fibres, twins = prepared["fibres"], prepared["twins"]
         if self._moments is None:
+            _check_memory(fibres, size=self.config.size)
             joint = self.config.fusion == "joint"
             self._moments = TwinMoments(exact(fibres).mean(0), blocks=self._blocks, joint=joint)
         self._moments.add(fibres, twins)
@@ -238,3 +240,12 @@ class AffineEGMF:
             values = per_dim - 0.5 * flow.mean_square(fibres, twins)
             found[view] = values.unflatten(1, (edge, edge))
         return found
+
+
+def _check_memory(fibres: Tensor, *, size: int) -> None:
+    needed, there = TwinMoments.bytes_needed(*fibres.shape[1:]), total_memory()
+    if there is not None and needed > there:
+        raise TrainingError(
+            f"egmf at {size} px holds {needed / 1e9:.1f} GB of sums while it is fitted, and this machine has "
+            f"{there / 1e9:.1f} GB: choose a smaller size, or aggregate=ignore, which takes a third of that"
+        )

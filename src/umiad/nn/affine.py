@@ -50,13 +50,20 @@ class TwinMoments:
         )
         self._kept = (scale[:, None] == scale) | joint
 
+    @staticmethod
+    def bytes_needed(positions: int, channels: int) -> int:
+        """What the sums of so many positions and channels take."""
+        return 16 * positions * channels**2
+
     def add(self, fibres: Tensor, twins: Tensor) -> None:
         """Take the fibres [B,P,C] of B images and those of their mirror images."""
         first, second = ((exact(each) - self.offset).transpose(0, 1) for each in (fibres, twins))
         self.count += 2 * len(fibres)
         self.total += first.sum(1) + second.sum(1)
-        self.own.baddbmm_(first.mT, first).baddbmm_(second.mT, second)
-        self.cross.baddbmm_(first.mT, second).baddbmm_(second.mT, first)
+        for part in parts(len(self.total)):  # products of all positions at once would be as large as the sums
+            own, cross, a, b = self.own[part], self.cross[part], first[part], second[part]
+            own.baddbmm_(a.mT, a).baddbmm_(b.mT, b)
+            cross.baddbmm_(a.mT, b).baddbmm_(b.mT, a)
 
     def mean(self) -> Tensor:
         """Mean of the fibres of each position, [P,C]."""
