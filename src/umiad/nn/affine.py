@@ -78,8 +78,11 @@ class TwinMoments:
 
     def shared(self) -> Covariances:
         """Averaged over positions, each about its own mean."""
-        found = [self.covariances(part) for part in parts(len(self.total))]
-        own, cross = (sum(each.sum(0) for each in matrices) for matrices in zip(*found, strict=True))
+        own, cross = (torch.zeros_like(sums[0]) for sums in (self.own, self.cross))
+        for part in parts(len(self.total)):  # all covariances at once would be as large as the sums
+            found = self.covariances(part)
+            own += found.own.sum(0)
+            cross += found.cross.sum(0)
         return Covariances(own / len(self.total), cross / len(self.total))
 
 
