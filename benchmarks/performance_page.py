@@ -147,9 +147,15 @@ def _growth(found: Mapping[str, Any]) -> str:
         return "Not measured yet: `make bench`."
     rows = [("number of", "from", "to", "cost of the largest, smallest = 1", "exponent")]
     for name, law in values.items():
-        ends = list(law["points"])
-        rows.append((name, ends[0], ends[-1], f"{law['points'][ends[-1]]:.1f}", f"{law['exponent']:.2f}"))
+        points = _points(law)
+        (first, _), (last, cost) = points[0], points[-1]
+        rows.append((name, f"{first}", f"{last}", f"{cost:.1f}", f"{law['exponent']:.2f}"))
     return f"{READING_GROWTH}\n\n{_table(rows)}\n\n![growth of costs](images/{PLOT.name})"
+
+
+def _points(law: Mapping[str, Any]) -> list[tuple[int, float]]:
+    """Number and cost, by rising number; JSON sorts its keys as words."""
+    return sorted((int(number), cost) for number, cost in law["points"].items())
 
 
 def _runtimes(found: Mapping[str, Any]) -> str:
@@ -229,13 +235,8 @@ def plot(found: Mapping[str, Any]) -> None:
     figure = canvas(720, 480)
     axes = figure.subplots()
     for name, law in values.items():
-        x = [float(key) for key in law["points"]]
-        axes.loglog(
-            [each / x[0] for each in x],
-            list(law["points"].values()),
-            "o-",
-            label=f"{name} ({x[0]:g} to {x[-1]:g})",
-        )
+        x, costs = zip(*_points(law), strict=True)
+        axes.loglog([each / x[0] for each in x], costs, "o-", label=f"{name} ({x[0]} to {x[-1]})")
     ends = axes.get_xlim()
     axes.loglog(ends, ends, ":", color="0.5", label="in proportion")
     axes.set(xlabel="multiple of the smallest number", ylabel="multiple of its cost")

@@ -43,12 +43,12 @@ def test_what_was_not_measured_says_so(pages):
 
 
 def test_growth_has_its_exponent_and_its_plot(pages, monkeypatch, tmp_path):
-    law = {"exponent": 0.987, "points": {"1": 1.0, "8": 7.4}}
+    law = {"exponent": 0.987, "points": {"1": 1.0, "16": 12.5, "8": 7.4}}  # sorted as words
     found = {"growth": part(batch=law)}
     monkeypatch.setattr(pages, "PLOT", tmp_path / "growth.png")
     pages.plot(found)
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
-    assert "| batch | 1 | 8 | 7.4 | 0.99 |" in pages.page(found, [])
+    assert "| batch | 1 | 16 | 12.5 | 0.99 |" in pages.page(found, [])
 
 
 def test_the_committed_page_is_the_one_of_the_committed_results(pages):
