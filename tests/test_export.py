@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -348,6 +349,11 @@ def test_the_affine_flows_are_exported_for_both_runtimes(tmp_path, to):
         assert second.image_score == pytest.approx(first.image_score, rel=1e-4)
 
 
+MAGNIFYING = {"egmf", "posgauss", "medvit"}
+"""On twelve phantoms and random weights their whitening makes 3e-4 to 2e-3 of the backbone's rounding on a processor
+with AVX2: such a model is refused there, which is right. See the test on real images for what users fit."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", detectors.names())
 def test_every_detector_is_exported_with_parity_or_says_why_not(name, tmp_path):
@@ -357,7 +363,31 @@ def test_every_detector_is_exported_with_parity_or_says_why_not(name, tmp_path):
         with pytest.raises(ConfigError, match="cannot be exported: "):
             export_model(model, tmp_path / "out")
         return
-    assert export_model(model, tmp_path / "out").parity.kept
+    try:
+        assert export_model(model, tmp_path / "out").parity.kept
+    except ConfigError as error:
+        if name not in MAGNIFYING or "does not score the same" not in str(error):
+            raise
+        assert not (tmp_path / "out").exists()
+
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", ["egmf", "posgauss"])
+def test_on_real_images_the_runtimes_are_far_within_the_bound(name, to, tmp_path):
+    needs(*PACKAGES, *(["openvino"] if to == "openvino" else []))
+    weights = next((SHARED / "weights").glob("resnet18-*.safetensors"), None)
+    normals = sorted(p for p in (SHARED / "data/busi/normal").glob("*.png") if "_mask" not in p.name)
+    if weights is None or not normals:
+        pytest.skip("needs ../shared/weights and ../shared/data/busi")
+    built = umiad.build(name, weights=str(weights), size=128)
+    model = umiad.fit(built, [str(path) for path in normals[:24]])
+    found = export_model(model, tmp_path / "out", to=to, check=[str(path) for path in normals[24:32]]).parity
+    assert found.images == 8
+    assert max(found.map_relative, found.score_relative) < 1e-5
 
 
 def small_model(name):

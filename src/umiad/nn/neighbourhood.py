@@ -53,7 +53,9 @@ class NeighbourhoodAttention(nn.Module):
         high, wide = fitting_kernel(self.kernel, h), fitting_kernel(self.kernel, w)
         rows = window_starts(h, high)[:, None] + torch.arange(high)  # [h,high]
         mask = self._mask(rows, w, wide)
-        block = max(1, SCORES_AT_ONCE // (count * self.heads * w * high * w))
+        block = h  # in a graph that is exported the batch is free, and cannot say how many rows fit
+        if not torch.compiler.is_exporting():
+            block = max(1, SCORES_AT_ONCE // (count * self.heads * w * high * w))
         found = []
         for start in range(0, h, block):
             part = slice(start, start + block)
