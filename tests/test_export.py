@@ -349,9 +349,9 @@ def test_the_affine_flows_are_exported_for_both_runtimes(tmp_path, to):
         assert second.image_score == pytest.approx(first.image_score, rel=1e-4)
 
 
-MAGNIFYING = {"egmf", "posgauss", "medvit"}
-"""On twelve phantoms and random weights their whitening makes 3e-4 to 2e-3 of the backbone's rounding on a processor
-with AVX2: such a model is refused there, which is right. See the test on real images for what users fit."""
+STEADY = {"egmf": {"epsilon": 10.0}, "posgauss": {"epsilon": 10.0}}
+"""Settings of a fit on twelve phantoms with random weights: without them its whitening makes 3e-4 to 2e-3 of the
+backbone's rounding on a processor with AVX2. See the test on real images for what users fit."""
 
 
 @pytest.mark.slow
@@ -366,7 +366,7 @@ def test_every_detector_is_exported_with_parity_or_says_why_not(name, tmp_path):
     try:
         assert export_model(model, tmp_path / "out").parity.kept
     except ConfigError as error:
-        if name not in MAGNIFYING or "does not score the same" not in str(error):
+        if name != "medvit" or "does not score the same" not in str(error):  # its Gaussians magnify rounding
             raise
         assert not (tmp_path / "out").exists()
 
@@ -394,7 +394,7 @@ def small_model(name):
     """A model of the detector's quickest preset on a few images, after one epoch."""
     cls = detectors.detector_class(name)
     preset = "quick" if "quick" in cls.presets else "default"
-    settings = {"training": {"epochs": 1, "batch_size": 4}}
+    settings = {"training": {"epochs": 1, "batch_size": 4}, **STEADY.get(name, {})}
     if cls.info.uses_backbone:
         settings["backbone"] = "resnet18"
     built = umiad.build(name, preset=preset, weights="random", size=SIZE, settings=settings)
