@@ -5,22 +5,28 @@ Three layers, which is what the default of egmf needs, at 256 px. A form is kept
 
 from __future__ import annotations
 
+import functools
+import shutil
 import time
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from speed import alternate
 from umiad.detectors.check import clean_images
 from umiad.nn.encoder import yardstick
-from umiad.nn.resnet import Block, Folded, ResNet, folded_weights
+from umiad.nn.resnet import Block, Folded, folded_weights
 
 DEPTH = 3
 SAME = 1e-4
 """Largest difference of a map from the shipped form's, as a share of the map's maximum."""
+SHIPS = "folded, channels-last (ships)"
+COMPILERS = ("g++", "clang++", "c++")
+"""What torch.compile needs one of; without, that form is left out."""
 Form = Callable[[Tensor], object]
 
 
@@ -30,54 +36,34 @@ def measure(turns: int) -> dict[str, Any]:
     network = yardstick("resnet18")
     for count in (1, 8):
         images = clean_images(count, size=256)
-        started = time.perf_counter()
-        compiled = _compiled(network, images)
-        found[f"seconds to compile, batch {count}"] = round(time.perf_counter() - started, 1)
         forms: dict[str, Form] = {
-            "plain, three layers": lambda x: network(x, depth=DEPTH),
-            "folded, channels-last (ships)": _folded(network),
-            "folded, packed weights and fused additions": Packed(network, images),
-            "folded, compiled": compiled,
+            "plain, three layers": functools.partial(network, depth=DEPTH),
+            SHIPS: functools.partial(Folded(network, depth=DEPTH), depth=DEPTH),
         }
-        with torch.inference_mode():
+        # not inference mode: what was compiled outside of it would be compiled anew inside, and not packed
+        with torch.no_grad(), inductor.patch(freezing=True):
+            if torch.backends.mkldnn.is_available():
+                forms["folded, packed weights and fused additions"] = Packed(network, images)
+            if any(map(shutil.which, COMPILERS)):
+                started = time.perf_counter()
+                compiled = torch.compile(forms[SHIPS], dynamic=False)
+                compiled(images)
+                found[f"seconds to compile, batch {count}"] = round(time.perf_counter() - started, 1)
+                forms["folded, compiled"] = compiled
             _check(forms, images)
-            calls = {
-                name: lambda form=form, images=images: _run(form, images)  # type: ignore[misc]
-                for name, form in {"r1": network, **forms}.items()
-            }
+            calls = {n: functools.partial(form, images) for n, form in {"r1": network, **forms}.items()}
             seconds = alternate(calls, repeats=turns)
         found[str(count)] = {n: round(s / seconds["r1"], 4) for n, s in seconds.items() if n != "r1"}
     return found
 
 
-def _run(form: Form, images: Tensor) -> None:
-    with torch.inference_mode():
-        form(images)
-
-
 def _check(forms: dict[str, Form], images: Tensor) -> None:
-    expected = forms["folded, channels-last (ships)"](images)
+    expected = forms[SHIPS](images)
     for name, form in forms.items():
         for ours, other in zip(expected, form(images), strict=True):  # type: ignore[call-overload]
             far = float((ours - other).abs().max() / ours.abs().max())
             if far > SAME:
                 raise SystemExit(f"{name}: maps differ by {far:.1e}, expected at most {SAME:g}")
-
-
-def _folded(network: ResNet) -> Form:
-    folded = Folded(network, depth=DEPTH)
-    return lambda x: folded(x, depth=DEPTH)
-
-
-def _compiled(network: ResNet, images: Tensor) -> Form:
-    """torch.compile with frozen, packed weights for one shape; run once, so that it is compiled."""
-    import torch._inductor.config as inductor
-
-    folded = Folded(network, depth=DEPTH)
-    with inductor.patch(freezing=True), torch.no_grad():
-        call = torch.compile(lambda x: folded(x, depth=DEPTH), dynamic=False)
-        call(images)
-    return call  # type: ignore[no-any-return]
 
 
 class Packed:
@@ -88,18 +74,17 @@ class Packed:
 
     def __init__(self, network: nn.Module, images: Tensor) -> None:
         self._ops = torch.ops.mkldnn
-        with torch.inference_mode():
-            x = images.contiguous(memory_format=torch.channels_last)
-            self._stem = self._pack(network.get_submodule("conv1"), network.get_submodule("bn1"), x)
-            x = self._start(x)
-            self._stages = []
-            for stage in range(1, DEPTH + 1):
-                blocks = []
-                for block in network.get_submodule(f"layer{stage}").children():
-                    parts = self._block(cast(Block, block), x)
-                    blocks.append(parts)
-                    x = self._through(parts, x)
-                self._stages.append(blocks)
+        x = images.contiguous(memory_format=torch.channels_last)
+        self._stem = self._pack(network.get_submodule("conv1"), network.get_submodule("bn1"), x)
+        x = self._start(x)
+        self._stages = []
+        for stage in range(1, DEPTH + 1):
+            blocks = []
+            for block in network.get_submodule(f"layer{stage}").children():
+                parts = self._block(cast(Block, block), x)
+                blocks.append(parts)
+                x = self._through(parts, x)
+            self._stages.append(blocks)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """Images [B,3,S,S] of the shape it was packed for -> F1..F3."""

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import backbone_forms
 from metrics_speed import CHUNK, base_fields, chunk
 from paper_protocol import CODE
 from speed import alternate
@@ -345,6 +344,8 @@ def runtimes(bench: Bench, turns: int) -> dict[str, float]:
 
 def backbone(bench: Bench, turns: int) -> dict[str, Any]:
     """Other ways to run the backbone, as multiples of R1."""
+    import backbone_forms  # late: it imports torch's compiler
+
     del bench
     return backbone_forms.measure(3 * turns)
 

@@ -125,8 +125,8 @@ def _backbone(found: Mapping[str, Any]) -> str:
     counts = [key for key in values if key.isdigit()]
     rows = [("form", *(f"x R1, batch of {count}" for count in counts))]
     rows += [(name, *(f"{values[count][name]:.2f}" for count in counts)) for name in values[counts[0]]]
-    compiling = ", ".join(f"{values[f'seconds to compile, batch {count}']:g} s" for count in counts)
-    return f"{_table(rows)}\n\nCompiling took {compiling}."
+    compiling = [f"{value:g} s" for name, value in values.items() if name.startswith("seconds to compile")]
+    return f"{_table(rows)}\n\nCompiling took {', '.join(compiling) or 'no time: there is no C++ compiler'}."
 
 
 def _stages(found: Mapping[str, Any]) -> str:

@@ -406,7 +406,6 @@ def test_sums_that_no_memory_holds_are_refused_before_they_are_made(images, monk
         TrainingError, match=r"egmf at 64 px holds 0\.1 GB of sums .* this machine has 0\.0 GB"
     ):
         detector.collect(prepared)
-    monkeypatch.setattr(
-        "umiad.detectors.egmf_affine.total_memory", lambda: None
-    )  # nothing is known: nothing is refused
+    # where nothing is known nothing is refused
+    monkeypatch.setattr("umiad.detectors.egmf_affine.total_memory", lambda: None)
     detector.collect(prepared)

@@ -156,16 +156,21 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
 def smooth_cells(cells: Tensor, size: int, sigma: float) -> Tensor:
     """Values per position [B,h,w] -> maps [B,size,size]: bilinear (align_corners=False), then `smooth`, at one go.
 
-    Both are linear, so that their product, [size,h] for the rows, is applied to the small grid: what
-    `smooth(to_pixels(cells, size), sigma)` is, up to rounding, without ever smoothing size x size pixels.
-    Raises as `smooth` does.
+    Both are linear, so that their product, [size,h] for the rows, is applied to the small grid: the same up to
+    rounding, without ever smoothing size x size pixels. Raises as `smooth` does.
     """
     _check_maps(cells)
     _check_sigma(sigma)
     wide = exact(cells)
-    kernel = _gaussian(size, sigma).to(wide) if sigma else torch.eye(size).to(wide)
-    rows, columns = (kernel @ _bilinear(length, size).to(wide) for length in cells.shape[1:])
+    h, w = cells.shape[1:]
+    rows = _smoothed_bilinear(h, size, sigma).to(wide)
+    columns = rows if w == h else _smoothed_bilinear(w, size, sigma).to(wide)
     return (rows @ wide @ columns.mT).to(cells)
+
+
+def _smoothed_bilinear(length: int, size: int, sigma: float) -> Tensor:
+    bilinear = _bilinear(length, size)
+    return _gaussian(size, sigma) @ bilinear if sigma else bilinear
 
 
 def _bilinear(length: int, size: int) -> Tensor:

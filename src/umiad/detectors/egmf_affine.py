@@ -247,5 +247,5 @@ def _check_memory(fibres: Tensor, *, size: int) -> None:
     if there is not None and needed > there:
         raise TrainingError(
             f"egmf at {size} px holds {needed / 1e9:.1f} GB of sums while it is fitted, and this machine has "
-            f"{there / 1e9:.1f} GB: choose a smaller size, or aggregate=ignore, which takes a third of that"
+            f"{there / 1e9:.1f} GB: choose a smaller size"
         )

@@ -89,10 +89,8 @@ class EGMFNetwork(nn.Module):
     fusion: nn.Module
 
     def __init__(self, config: NetworkConfig) -> None:
-        from umiad.nn.flow import (
-            ConditionalFlow,
-            position_encoding,
-        )  # FrEIA's import of scipy.stats takes seconds
+        # late, since FrEIA imports scipy.stats, which takes seconds
+        from umiad.nn.flow import ConditionalFlow, position_encoding
 
         super().__init__()
         self.edge = EDGES[config.edge](seed=config.seed)

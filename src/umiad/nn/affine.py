@@ -128,13 +128,13 @@ class AffineFlow(nn.Module):
         return u.transpose(0, 1), self.log_det
 
     def mean_square(self, z: Tensor, c: Tensor) -> Tensor:
-        """Mean over channels of u^2, >= 0: z, c [B,P,C] -> [B,P]. All that a likelihood needs, at half the cost of u.
+        """Mean over channels of u^2, >= 0: z, c [B,P,C] -> [B,P]. All of u that a likelihood needs.
 
         The columns of V_p are orthonormal, so that with y as above
 
             u^T u = y^T y / floor_p + sum_r ((1 / sqrt(floor_p) + gain_r)^2 - 1 / floor_p) (v_r^T y)^2,
 
-        which reads the vectors, by far the largest part of the state, once.
+        one product with the vectors, by far the largest part of the state, where u takes two.
         """
         y = self._whitened(z, c)
         inside = bmm_by_eights(y, self.vectors).square()

@@ -188,7 +188,8 @@ class _FoldedBlock:
 
 def _fold(convolution: nn.Module, norm: nn.Module, dtype: torch.dtype) -> Convolve:
     weight, bias = folded_weights(convolution, norm, dtype)
-    stride, padding = (cast(tuple[int, ...], getattr(convolution, each)) for each in ("stride", "padding"))
+    convolution = cast(nn.Conv2d, convolution)
+    stride, padding = convolution.stride, cast(tuple[int, ...], convolution.padding)
 
     def convolve(x: Tensor) -> Tensor:
         return F.conv2d(x, weight, bias, stride, padding)
