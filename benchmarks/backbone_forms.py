@@ -41,7 +41,7 @@ def measure(turns: int) -> dict[str, Any]:
             SHIPS: functools.partial(Folded(network, depth=DEPTH), depth=DEPTH),
         }
         # not inference mode: what was compiled outside of it would be compiled anew inside, and not packed
-        with torch.no_grad(), inductor.patch(freezing=True):
+        with torch.no_grad(), inductor.patch(freezing=True, force_disable_caches=True):
             if torch.backends.mkldnn.is_available():
                 forms["folded, packed weights and fused additions"] = Packed(network, images)
             if any(map(shutil.which, COMPILERS)):
