@@ -265,7 +265,7 @@ def test_the_paper_preset_has_the_published_constants():
 def test_the_other_presets_cut_edge_and_epochs():
     found = {name: detectors.preset_config("medvit", name, size=256) for name in ("default", "quick")}
     facts = {name: (c.network, c.edge, c.training.schedule) for name, c in found.items()}
-    assert facts == {"default": ("small", 128, "cosine"), "quick": ("tiny", 64, "cosine")}
+    assert facts == {"default": ("tiny", 64, "cosine"), "quick": ("tiny", 64, "cosine")}
     assert found["quick"].training.epochs < found["default"].training.epochs < 100
 
 
