@@ -1,5 +1,6 @@
 """The command line as users meet it: outputs, exit codes, files."""
 
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from make import nifti_file, tiny_set
 from umiad import detectors
-from umiad.cli.app import app
+from umiad.cli.app import app, importing
 
 FIT = ["--detector", "padim", "--preset", "quick", "--weights", "random", "--size", "64"]
 
@@ -207,6 +208,20 @@ def test_calibrate_inspect_and_their_json(model, data, tmp_path):
     after = json.loads(run("inspect", tmp_path / "site", "--json").stdout)["info"]
     assert after["image_threshold"] != before["image_threshold"]
     assert "image_threshold" in run("inspect", tmp_path / "site").stdout
+
+
+def test_no_garbage_is_looked_for_during_imports_and_again_afterwards():
+    for collects in (True, False):
+        (gc.enable if collects else gc.disable)()
+        try:
+            with importing():
+                assert not gc.isenabled()
+            assert gc.isenabled() is collects
+            with pytest.raises(ImportError), importing():
+                raise ImportError
+            assert gc.isenabled() is collects
+        finally:
+            gc.enable()
 
 
 SLOW_TO_IMPORT = ("FrEIA", "lightning", "matplotlib", "monai", "scipy.stats", "sklearn", "torch._dynamo")

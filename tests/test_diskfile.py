@@ -70,6 +70,18 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
         diskfile.read_regular(path, limit=1 << 30, check_head=grow)
 
 
+def test_a_file_whose_checked_head_is_replaced_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.write_bytes(bytes(diskfile.HEAD_BYTES + 5))
+
+    def replace(head: bytes, size: int) -> None:
+        with path.open("r+b") as file:
+            file.write(b"other")
+
+    with pytest.raises(ModelFileError, match="changed while it was read"):
+        diskfile.read_regular(path, limit=1 << 30, check_head=replace)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="links and pipes need POSIX")
 def test_links_pipes_and_folders(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"

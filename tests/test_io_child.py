@@ -4,6 +4,7 @@ import gzip
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -26,7 +27,7 @@ from pydicom.data import get_testdata_files
 
 from make import dicom_file, grey_array, grey_png, nifti_file, save_array
 from umiad.errors import InputError, UmiadError
-from umiad.io import Limits, pool, read_frames, read_image, read_mask, read_stack, wire
+from umiad.io import Limits, expect, pool, read_frames, read_image, read_mask, read_stack, wire
 from umiad.types import Reading
 
 ROOT = Path(__file__).parents[1]
@@ -661,6 +662,50 @@ def test_a_child_that_cannot_be_started_says_why(trio, fresh, monkeypatch):
     with pytest.raises(UmiadError, match=r"names no executable.*isolated=False"):
         read_image(trio["raster"])
     assert read_image(trio["raster"], limits=HERE).size == (64, 64)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_child_that_is_expected_decodes_the_first_file(group, trio, fresh):
+    expect([trio[group].parent / "absent.png"])
+    expect([])
+    assert not fresh._coming
+    for _ in range(2):
+        expect([trio[group], trio["raster"]])
+    [thread] = fresh._coming.values()
+    thread.join()
+    [process] = children(fresh, group)
+    read_image(trio[group], frame="middle")
+    expect([trio[group]])
+    assert children(fresh, group) == [process]
+    assert not fresh._coming
+
+
+def test_a_file_waits_for_the_child_that_is_expected(trio, fresh, monkeypatch):
+    started = []
+    make = pool._Worker.__init__
+    monkeypatch.setattr(
+        pool._Worker, "__init__", lambda self, group: (started.append(group), make(self, group))[1]
+    )
+    (trio["raster"].parent / "folder").mkdir()
+    shutil.copy(trio["raster"], trio["raster"].parent / "folder")
+    expect([trio["raster"].parent / "folder"])
+    read_image(trio["raster"])
+    assert started == ["raster"]
+
+
+def test_a_child_that_is_expected_ends_with_the_pool(trio, fresh, monkeypatch):
+    expect([trio["raster"]])
+    fresh.close()
+    assert not children(fresh)
+    expect([trio["raster"]])
+    assert not fresh._coming
+
+
+def test_an_expected_child_that_cannot_be_started_is_told_when_a_file_needs_it(trio, fresh, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "")
+    expect([trio["raster"]])
+    with pytest.raises(UmiadError, match="names no executable"):
+        read_image(trio["raster"])
 
 
 def test_what_is_no_message_is_refused():

@@ -90,6 +90,18 @@ def test_infinity_only_where_it_is_allowed() -> None:
         from_bytes(content, source="x")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_values_whose_sum_overflows_are_taken_and_what_is_hidden_among_them_is_not(
+    dtype: torch.dtype,
+) -> None:
+    most = torch.finfo(dtype).max
+    large = torch.full((64,), most, dtype=dtype)
+    assert from_bytes(to_bytes({"a": large}), source="x")["a"].equal(large)
+    large[7], large[8] = float("inf"), float("-inf")
+    with pytest.raises(ModelFileError, match="'a' has 2 values NaN or infinite"):
+        from_bytes(to_bytes({"a": large}, finite=False), source="x")
+
+
 def test_missing_wrong_hash_and_unwritable(tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     with pytest.raises(InputError, match="no such file"):

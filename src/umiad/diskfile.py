@@ -46,17 +46,19 @@ def read_regular(
             found = os.fstat(file.fileno())
             _check_regular(path, found, follow_links=follow_links)
             _check_size(path, found.st_size, limit=limit, size=size)
-            head = file.read(HEAD_BYTES)
+            head = b""
             if check_head is not None:
+                head = file.read(HEAD_BYTES)
                 check_head(head, found.st_size)
-            content = head + file.read(found.st_size - len(head) + 1)
+                file.seek(0)
+            content = file.read(found.st_size + 1)
     except FileNotFoundError as error:
         raise InputError(path, "no such file", "check the path") from error
     except OSError as error:
         raise InputError(
             path, f"cannot be read: {error.strerror or error}", "check its permissions"
         ) from error
-    if len(content) != found.st_size:
+    if len(content) != found.st_size or not content.startswith(head):
         raise ModelFileError(f"{path}: changed while it was read ({found.st_size} bytes expected); try again")
     return content
 

@@ -216,6 +216,8 @@ def _outline(
     outer: tuple[int, int, int] | None,
 ) -> None:
     """Draw the outline of `shape` into `panel` [H,W,3] in place; without an `outer` line it is dashed."""
+    if not shape.any():
+        return
     from scipy.ndimage import binary_dilation, binary_erosion
 
     width = max(1, round(max(shape.shape) / 400))

@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 
 def region_areas(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], int]:
     """Mask [H,W] -> area in pixels of the 8-connected region of each True pixel (C order), and their number."""
-    from scipy import ndimage
-
     if not mask.any():
         return np.zeros(0, dtype=np.int64), 0
+    from scipy import ndimage
+
     regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
     number = regions[mask]
     return np.bincount(number)[number], int(count)

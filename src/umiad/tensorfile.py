@@ -206,8 +206,11 @@ def _torch_dtypes() -> set[object]:
 
 
 def _refuse_nonfinite(tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """One pass: NaN and infinity stay in a sum, whatever is added. Finite values whose sum overflows are counted."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if not tensor.is_floating_point() or tensor.sum().isfinite():
+            continue
+        if not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise ModelFileError(
                 f"{source}: tensor {name!r} has {count} values NaN or infinite, expected none"

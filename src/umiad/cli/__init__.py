@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 
 
@@ -12,4 +14,5 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # file names may hold what the terminal's encoding lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    atexit.register(gc.freeze)  # or Python looks for garbage among all of torch before it ends: half a second
     app()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
@@ -99,6 +101,18 @@ def console(*, err: bool = False) -> Console:
 def print_json(value: object) -> None:
     """Machine-readable output on standard output."""
     typer.echo(json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False))
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Look for no garbage while large libraries are imported: there is none, and looking takes a fifth of the time."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def set_threads(threads: int | None) -> None:

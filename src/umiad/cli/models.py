@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from umiad.cli.app import app, command, console, print_json, set_threads
+from umiad.cli.app import app, command, console, importing, print_json, set_threads
 from umiad.cli.files import Axis, Follow, Frame, Nan, ShowNames, WindowOption, file_options, reading
 from umiad.progress import RichReporter
 
@@ -246,12 +246,15 @@ def score(
     Unreadable files are skipped, named and counted; the exit code is then 3. MODEL may also be what `umiad export`
     wrote; it runs on the CPU, without torch.
     """
+    from umiad.io import expect
     from umiad.worklist import Shard
 
     part = None if shard is None else Shard.parse(shard)
-    loaded = _scorer(model, manifest_sha256, device=device, threads=threads)
-    from umiad import batch
-    from umiad.cli.results import show
+    expect(paths)  # while torch is imported and the model is read
+    with importing():
+        loaded = _scorer(model, manifest_sha256, device=device, threads=threads)
+        from umiad import batch
+        from umiad.cli.results import show
 
     outputs = batch.Outputs(pictures=pictures, maps=maps, min_area=min_area)
     files = file_options(

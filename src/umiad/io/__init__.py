@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ __all__ = [
     "READABLE",
     "SUFFIXES",
     "Limits",
+    "expect",
     "kind_of_file",
     "looks_like_image",
     "open_frames",
@@ -167,6 +169,21 @@ def looks_like_image(path: Path) -> bool:
     if os.path.isdir(path):
         return False
     return path.name.lower().endswith(SUFFIXES) or kind_of_file(path) in KINDS
+
+
+def expect(paths: Sequence[str | os.PathLike[str]]) -> None:
+    """Tell that files among `paths` will be read soon: the process that decodes the first one starts meanwhile.
+
+    For programs that have something slow to do first. Of a folder, what it lists first counts. Nothing is raised.
+    """
+    for path in paths[:1]:
+        first = path
+        with suppress(OSError):
+            if os.path.isdir(path):
+                with os.scandir(path) as entries:
+                    first = next((entry.path for entry in entries if entry.is_file()), path)
+        if (kind := kind_of_file(first)) in KINDS:
+            pool.current().prepare(kind)
 
 
 def kind_of_file(path: str | os.PathLike[str]) -> str:

@@ -41,9 +41,26 @@ class Pool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._idle: dict[str, list[_Worker]] = {}
+        self._coming: dict[str, threading.Thread] = {}
         self._closed = False
         self.peak: int | None = None
         """Bytes that the largest child held at most; None before the first file, and where it is unknown."""
+
+    def prepare(self, kind: str) -> None:
+        """Start a child for files of `kind` in the background, unless there is one: the first file then waits less.
+
+        Nothing is raised: what keeps a child from starting is told when a file needs it.
+        """
+        group = _group(kind)
+
+        def start() -> None:
+            with contextlib.suppress(UmiadError, OSError):
+                self._give_back(group, _Worker(group), usable=True)
+
+        with self._lock:
+            if not (self._closed or self._idle.get(group) or group in self._coming):
+                self._coming[group] = threading.Thread(target=start, name="umiad-start", daemon=True)
+                self._coming[group].start()
 
     def decode(
         self, content: bytes, source: Source, *, frames: str | Sequence[int] | None = None, mask: bool = False
@@ -52,7 +69,7 @@ class Pool:
 
         Raises InputError for whatever happens to the child, UmiadError when none can be started.
         """
-        group = "raster" if source.kind in RASTER_KINDS else source.kind.removesuffix(".gz")
+        group = _group(source.kind)
         worker = self._take(group)
         done = False
         try:
@@ -68,7 +85,12 @@ class Pool:
 
     def close(self) -> None:
         """End all idle children; one that is busy ends with its file."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            coming = list(self._coming.values())
+            self._coming.clear()
+        for each in coming:
+            each.join()
         self.end_idle()
 
     def end_idle(self) -> None:
@@ -86,6 +108,10 @@ class Pool:
                 each.forget()
 
     def _take(self, group: str) -> _Worker:
+        with self._lock:
+            coming = self._coming.pop(group, None)
+        if coming is not None:
+            coming.join()
         while True:
             with self._lock:
                 idle = self._idle.get(group)
@@ -264,6 +290,11 @@ class _Worker:
         else:
             reason = f"made its decoder end unexpectedly (exit code {code})"
         return InputError(source.name, reason, HINT)
+
+
+def _group(kind: str) -> str:
+    """The children that decode files of this kind (`umiad.io.files.KINDS`)."""
+    return "raster" if kind in RASTER_KINDS else kind.removesuffix(".gz")
 
 
 def _request(source: Source, *, frames: str | Sequence[int] | None, mask: bool) -> dict[str, Any]:
