@@ -3,7 +3,9 @@
 python benchmarks/proxy.py --data ../shared/data --weights FILE
 
 The names of the candidates say which runs on the real test images they belong to: detector-preset-variant.
-benchmarks/win_table.py sets both beside each other.
+benchmarks/win_table.py sets both beside each other. Other candidates go to a file with the name of their list:
+
+python benchmarks/proxy.py busi --candidates benchmarks/medvit_schedule.toml --folds 2 --data DATA --weights FILE
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from umiad.tuning import TuneOptions, tune
 from umiad.tuning_candidates import read_candidates
 
 CANDIDATES = Path(__file__).parent / "proxy.toml"
+FOLDS = TuneOptions().folds
 KEPT = (
     "name",
     "detector",
@@ -43,18 +46,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with busi, brain_mri, head_ct")
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
     parser.add_argument("--scratch", type=Path, help="keep finished candidates here, to go on after a stop")
+    parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="list as for umiad tune")
+    parser.add_argument("--folds", type=int, default=FOLDS, help=f"of cross-validation, {FOLDS} by default")
     options = parser.parse_args()
     remember()
     for name in options.sets:
-        target = RESULTS / f"proxy-{name}.json"
+        target = RESULTS / f"{options.candidates.stem}-{name}.json"
         if target.exists():
             continue
         out = options.scratch / name if options.scratch else None
         with RichReporter(Console(stderr=True)) as reporter:
             found = tune(
                 options.data / name,
-                read_candidates(CANDIDATES),
-                options=TuneOptions(weights=options.weights),
+                read_candidates(options.candidates),
+                options=TuneOptions(weights=options.weights, folds=options.folds),
                 out=out,
                 reporter=reporter,
             )
