@@ -37,14 +37,27 @@ def descriptors_of(detector, prepared):
     return maps.flatten(2).transpose(1, 2)
 
 
-def costs_of(described, centroids, scale, config):
+def factors_of(described, centroids, config):
+    """KL(softmax centroids || softmax descriptors) over channels, summed over cells, of each image: [B,1,1]."""
+    if not config.times_divergence:
+        return torch.ones(len(described), 1, 1, dtype=described.dtype)
+    mean, own = centroids.softmax(1), described.detach().softmax(2)
+    return (mean * (mean / own).log()).sum((1, 2))[:, None, None]
+
+
+def multiplied(described, centroids, config):
+    """Squared distances of all cells to all centroids times their image's factor, [B,n,n]."""
     distances = (described[:, :, None] - centroids).square().sum(3)
+    return factors_of(described, centroids, config) * distances
+
+
+def costs_of(described, centroids, scale, config):
+    distances = multiplied(described, centroids, config)
     return (soft_topk(distances, k=config.k, eps=config.eps, scale=scale) * distances).sum(2)
 
 
-def highest_price(described, centroids):
-    distances = (described.detach()[:, None].double() - centroids.double()).square().sum(2)
-    return float(prices(distances).amax())
+def highest_prices(described, centroids, config):
+    return prices(multiplied(described.detach(), centroids, config)).amax((1, 2))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +81,13 @@ def test_parameters_of_the_whole():
 
 def test_the_paper_preset_has_the_published_constants():
     config = detectors.preset_config("adfa", "paper", size=256)
-    assert (config.side, config.k, config.eps, config.kl_weight, config.sigma) == (64, 3, 0.1, True, 4.0)
+    assert (config.side, config.k, config.eps, config.times_divergence, config.sigma) == (
+        64,
+        3,
+        0.1,
+        True,
+        4.0,
+    )
     training = config.training
     assert (training.epochs, training.batch_size, training.clip_norm) == (200, 10, None)
     assert (training.learning_rate, training.weight_decay, training.schedule) == (1e-3, 5e-4, "constant")
@@ -158,22 +177,18 @@ def test_looking_for_a_fault_moves_no_centroid():
     assert all(torch.equal(before[name], values) for name, values in detector.state().items())
 
 
-@pytest.mark.parametrize("kl_weight", [True, False])
-def test_the_loss_by_hand(kl_weight):
-    detector = build(kl_weight=kl_weight, k=2, eps=0.2, grid=4)
+@pytest.mark.parametrize("times_divergence", [True, False])
+def test_the_loss_by_hand(times_divergence):
+    detector = build(times_divergence=times_divergence, k=2, eps=0.2, grid=4)
     prepared = detector.prepare(clean_images(3, size=SIZE))
     one_epoch(detector, prepared, [[0, 1, 2]])
     [losses] = detector.steps(prepared, torch.Generator())
     described, centroids = descriptors_of(detector, prepared).double(), detector.network.centroids.double()
-    price = max(highest_price(each, centroids) for each in described)  # one for the batch
-    costs = costs_of(described, centroids, torch.tensor(price), detector.config)
-    weights = torch.ones(3)
-    if kl_weight:
-        mean = centroids.softmax(1)
-        own = described.detach().softmax(2)
-        weights = (mean * (mean / own).log()).sum((1, 2))
-        assert float(weights.min()) > 0
-    expected, per_dim = (weights * costs.mean(1)).mean(), costs.detach().mean() / (2 * 112)
+    price = highest_prices(described, centroids, detector.config).max()  # one for the batch
+    costs = costs_of(described, centroids, price, detector.config)
+    factors = factors_of(described, centroids, detector.config)[:, 0]
+    assert float(factors.min()) > 0
+    expected, per_dim = costs.mean(), (costs / factors).detach().mean() / (2 * 112)
     assert float(losses["total"].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert float(losses["distance_per_dim"]) == pytest.approx(float(per_dim), rel=1e-4)
     parameters = list(detector.network.descriptor.parameters())
@@ -182,9 +197,11 @@ def test_the_loss_by_hand(kl_weight):
         assert torch.allclose(one, other, rtol=1e-2, atol=1e-4 * float(other.abs().max()))
 
 
-def test_the_map_is_the_root_of_the_soft_distance_with_a_scale_per_image():
-    detector = fit_quickly(build(sigma=0.0), clean_images(4, size=SIZE), steps=3)
-    images = torch.cat([clean_images(1, size=SIZE, seed=9), 4 * clean_images(1, size=SIZE, seed=8)])
+@pytest.mark.parametrize("times_divergence", [True, False])
+def test_the_map_is_the_root_of_the_soft_distance_with_a_scale_per_image(times_divergence):
+    built = build(sigma=0.0, times_divergence=times_divergence)
+    detector = fit_quickly(built, clean_images(4, size=SIZE), steps=3)
+    images = torch.cat([clean_images(1, size=SIZE, seed=9), 20 * clean_images(1, size=SIZE, seed=8)])
     prepared = detector.prepare(images)
     scores = detector.score_prepared(prepared)
     with torch.no_grad():
@@ -192,9 +209,9 @@ def test_the_map_is_the_root_of_the_soft_distance_with_a_scale_per_image():
             descriptors_of(detector, prepared).double(),
             detector.network.centroids.double(),
         )
-    tops = [highest_price(each, centroids) for each in described]
+    tops = highest_prices(described, centroids, detector.config)
     assert tops[1] > 1.2 * tops[0]  # the scale would differ if it were the batch's
-    costs = costs_of(described, centroids, torch.tensor(tops)[:, None, None], detector.config)
+    costs = costs_of(described, centroids, tops[:, None, None], detector.config)
     side = detector.config.side
     cells = costs.sqrt().view(2, 1, side, side)
     maps = F.interpolate(cells, size=(SIZE, SIZE), mode="bilinear", align_corners=False)[:, 0]
@@ -202,10 +219,22 @@ def test_the_map_is_the_root_of_the_soft_distance_with_a_scale_per_image():
     assert torch.equal(scores.image_score, scores.anomaly_map.amax((1, 2)))
 
 
-@pytest.mark.parametrize("kl_weight", [True, False])
-def test_training_brings_descriptors_nearer_and_does_not_collapse_them(kl_weight):
+def test_an_image_that_is_its_centroids_scores_nothing():
+    """The divergence is 0 then, and never below, whatever rounding does to it."""
+    detector = build()
+    prepared = detector.prepare(clean_images(1, size=SIZE))
+    detector.fitted = True
+    detector.network.show(detector._joined(prepared))
+    assert float(detector.network.divergence(descriptors_of(detector, prepared)).min()) >= 0
+    scores = detector.score_prepared(prepared)
+    assert float(scores.anomaly_map.max()) < 1e-2
+    assert detector.monitor(prepared)["distance_per_dim"] >= 0
+
+
+@pytest.mark.parametrize("times_divergence", [True, False])
+def test_training_brings_descriptors_nearer_and_does_not_collapse_them(times_divergence):
     """At the published rate and decay; the centroids settle in the first epoch."""
-    detector, images = build(kl_weight=kl_weight), clean_images(8, size=SIZE)
+    detector, images = build(times_divergence=times_divergence), clean_images(8, size=SIZE)
     prepared = detector.prepare(images)
     optimiser = torch.optim.Adam(detector.param_groups(), lr=1e-3, weight_decay=5e-4)
     distances = []

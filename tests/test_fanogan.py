@@ -1,3 +1,4 @@
+import itertools
 import os
 import signal
 
@@ -8,7 +9,7 @@ import torch
 from umiad import detectors, nonfinite
 from umiad.config import Preprocessing
 from umiad.detectors.check import clean_images, fit_quickly
-from umiad.detectors.fanogan import FAnoGan, FAnoGanConfig, Passes
+from umiad.detectors.fanogan import FAnoGan, FAnoGanConfig
 from umiad.errors import ConfigError
 from umiad.features import FeatureCache
 from umiad.interrupt import Interrupted
@@ -58,10 +59,12 @@ def test_each_step_changes_its_own_network_and_the_encoder_comes_last():
     detector = build()
     prepared = detector.prepare(clean_images(3, size=SIZE))
     gan = [["critic"], ["critic"], ["generator"]]
-    for _ in range(2):  # 2 of 4 epochs of one batch each
+    for epoch in (1, 2, 2):  # 2 of 4 epochs, however many batches they have
+        detector.begin_epoch(epoch)
         assert changed_by_each_step(detector, prepared) == gan
     statistics = detector.generator.norm.running_mean.clone()
-    for _ in range(2):
+    for epoch in (3, 4):
+        detector.begin_epoch(epoch)
         assert changed_by_each_step(detector, prepared) == [["latent_encoder"]]
     assert torch.equal(detector.generator.norm.running_mean, statistics)
 
@@ -69,20 +72,11 @@ def test_each_step_changes_its_own_network_and_the_encoder_comes_last():
 def test_alongside_the_encoder_learns_in_both_phases():
     detector = build(alongside=True, critic_steps=1)
     prepared = detector.prepare(clean_images(3, size=SIZE))
-    found = [changed_by_each_step(detector, prepared) for _ in range(3)]
+    found = []
+    for epoch in (1, 2, 3):
+        detector.begin_epoch(epoch)
+        found.append(changed_by_each_step(detector, prepared))
     assert found == [[["critic"], ["generator"], ["latent_encoder"]]] * 2 + [[["latent_encoder"]]]
-
-
-def test_passes_are_told_by_the_first_image_in_whatever_order_batches_come():
-    passes, images = Passes(), torch.rand(5, 1, 4, 4, generator=rng())
-    order = [([0, 1], 1), ([2, 3], 1), ([4], 1), ([4, 2], 1), ([3, 0], 2), ([1], 2), ([0], 3), ([2, 1], 3)]
-    assert [passes.count(images[chosen]) for chosen, _ in order] == [number for _, number in order]
-    with torch.no_grad():
-        assert passes.count(images[:1]) == 3
-    assert passes.count(images[:1] + 1e-6) == 3
-    restored = Passes()
-    restored.load_state_dict(passes.state_dict())
-    assert restored.count(images[:2]) == 4
 
 
 @pytest.mark.parametrize(
@@ -102,7 +96,7 @@ def test_one_epoch_is_enough_only_alongside():
 
 def test_a_batch_of_one_image_has_finite_losses_in_both_phases():
     detector = fit_quickly(build(), clean_images(1, size=SIZE), steps=4)
-    assert detector.passes.number == 4
+    assert detector.epoch == 4
     nonfinite.check_tensors(detector.state(), what="tensor")
 
 
@@ -125,10 +119,9 @@ def run_of(detector, *, folder=None, on_epoch=None, images=None):
 
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_a_resumed_fit_ends_bit_equal_whichever_phase_was_interrupted(tmp_path, epoch):
-    """Five images in batches of 3: the phase changes in the third epoch, after the first image has come."""
     whole = build()
     expected = train(whole, run_of(whole))
-    assert whole.passes.number == 4
+    assert whole.epoch == 4
 
     def stop(row):
         if row["epoch"] == epoch:
@@ -137,24 +130,28 @@ def test_a_resumed_fit_ends_bit_equal_whichever_phase_was_interrupted(tmp_path, 
     first = build()
     with pytest.raises(Interrupted):
         train(first, run_of(first, folder=tmp_path, on_epoch=stop))
-    assert first.passes.number == epoch
+    assert first.epoch == epoch
     resumed = build()
     rows = train(resumed, run_of(resumed, folder=tmp_path), resume=True)
     assert [row["loss"] for row in rows] == [row["loss"] for row in expected]
     assert all(torch.equal(whole.state()[key], value) for key, value in resumed.state().items())
 
 
-def test_the_networks_of_phase_one_are_left_alone_in_phase_two():
-    states = []
-    detector = build()
+@pytest.mark.parametrize("equal", [False, True])
+def test_each_phase_has_its_epochs_and_leaves_the_other_networks_alone(equal):
+    """Five images in batches of 3, 2 of 4 epochs each; whether images are there more than once does not matter."""
+    states, detector = [], build()
+    images = clean_images(6, size=SIZE).numpy()
 
     def note(row):
         states.append({key: value.clone() for key, value in detector.state().items()})
 
-    train(detector, run_of(detector, on_epoch=note))
-    third, fourth = states[2:]
-    changed = {key.split(".")[0] for key in third if differ(third[key], fourth[key])}
-    assert changed == {"latent_encoder", "passes"}
+    train(detector, run_of(detector, on_epoch=note, images=images[[0] * 6] if equal else images))
+    changed = [
+        {key.split(".")[0] for key in one if differ(one[key], other[key])}
+        for one, other in itertools.pairwise(states)
+    ]
+    assert changed == [{"generator", "critic"}, {"latent_encoder"}, {"latent_encoder"}]
 
 
 @pytest.mark.slow
@@ -188,6 +185,7 @@ def test_the_encoder_minimises_the_score():
     detector = build(training={**TRAINING, "epochs": 2})
     prepared = detector.prepare(clean_images(4, size=SIZE))
     list(detector.steps(prepared, rng()))
+    detector.begin_epoch(2)
     [step] = detector.steps(prepared, rng())
     detector.encoder.train()
     with torch.no_grad():
@@ -217,11 +215,10 @@ def test_constant_images_give_finite_losses_and_scores(value):
     nonfinite.check_tensors(detector.state(), what="tensor")
 
 
-def test_the_origin_of_what_is_not_finite_is_found_without_counting_a_pass():
+def test_the_origin_of_what_is_not_finite_is_found():
     detector = build()
     prepared = detector.prepare(clean_images(3, size=SIZE))
     assert nonfinite.origin(detector, prepared, rng()) is None
-    assert detector.passes.number == 0
     with torch.no_grad():
         detector.critic.end.weight[0, 0] = float("nan")
     assert nonfinite.origin(detector, prepared, rng()) == "critic"

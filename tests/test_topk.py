@@ -108,29 +108,31 @@ def test_an_impossible_choice_is_refused(k, eps, words):
 
 @pytest.mark.parametrize("pairs", [1, 40, 1 << 20])
 def test_the_cost_of_the_nearest_does_not_depend_on_the_blocks(monkeypatch, pairs):
-    """Values and gradients are those of all pairs at once, through the weights as well."""
+    """Values and gradients are those of all pairs at once, through the weights as well; factors precede the choice."""
     fibres, points = draw(9, 4, seed=1).requires_grad_(), draw(13, 4, seed=2)
-    distances = (fibres[:, None] - points).square().sum(2)
+    factors = draw(9, seed=4).square()
+    factors[0] = 0
+    distances = (fibres[:, None] - points).square().sum(2) * factors[:, None]
     scale = prices(distances.detach())
     expected = (soft_topk(distances, k=3, eps=0.1, scale=scale) * distances).sum(1)
     upstream = draw(9, seed=3)
     [gradient] = torch.autograd.grad((upstream * expected).sum(), fibres)
     monkeypatch.setattr(topk, "PAIRS_AT_ONCE", pairs)
-    assert torch.allclose(distance_prices(fibres, points), scale[:, 0], rtol=1e-12)
-    found = nearest_cost(fibres, points, scale=scale[:, 0], k=3, eps=0.1)
+    assert torch.allclose(distance_prices(fibres, points, factors), scale[:, 0], rtol=1e-12)
+    found = nearest_cost(fibres, points, factors=factors, scale=scale[:, 0], k=3, eps=0.1)
     assert torch.allclose(found, expected, rtol=1e-12)
     [other] = torch.autograd.grad((upstream * found).sum(), fibres)
     assert torch.allclose(other, gradient, rtol=1e-10)
     with torch.inference_mode():
-        again = nearest_cost(fibres, points, scale=scale[:, 0], k=3, eps=0.1)
+        again = nearest_cost(fibres, points, factors=factors, scale=scale[:, 0], k=3, eps=0.1)
     assert torch.allclose(again, expected, rtol=1e-12)
 
 
 def test_the_gradient_of_the_nearest_is_that_of_finite_differences():
     fibres, points = draw(4, 3, seed=1).requires_grad_(), draw(6, 3, seed=2)
-    scale = torch.full((4,), 2.0, dtype=torch.float64)
+    scale, factors = torch.full((4,), 2.0, dtype=torch.float64), draw(4, seed=3).square()
     assert torch.autograd.gradcheck(
-        lambda each: nearest_cost(each, points, scale=scale, k=2, eps=0.1), fibres
+        lambda each: nearest_cost(each, points, factors=factors, scale=scale, k=2, eps=0.1), fibres
     )
 
 

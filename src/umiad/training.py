@@ -269,6 +269,7 @@ def _epoch_end(
     lightning: Any, run: TrainingRun, log: TrainingLog, interrupt: Interrupt, *, start: Path | None
 ) -> Any:
     """The callback that ends an epoch: checks, log, checkpoint, and stopping on request."""
+    from umiad.detectors.contract import PhasedDetector
 
     class EpochEnd(lightning.Callback):
         state_key = "umiad"
@@ -285,6 +286,8 @@ def _epoch_end(
 
         def on_train_epoch_start(self, trainer: Any, fitter: Any) -> None:
             fitter.losses.clear()
+            if isinstance(fitter.detector, PhasedDetector):
+                fitter.detector.begin_epoch(trainer.current_epoch + 1)
             self.started = time.monotonic()
 
         def on_train_epoch_end(self, trainer: Any, fitter: Any) -> None:

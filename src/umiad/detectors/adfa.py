@@ -39,14 +39,14 @@ class AdfaConfig(DetectorConfig):
     """Where descriptors are compared, and with how many centroids.
 
     `grid`: cells per side on which the scales are joined; never more than scale 1 has (S/4). `k` nearest
-    centroids count, chosen the more softly the larger `eps` is. `kl_weight`: whether the loss of an image is
-    weighted by how far its descriptors are from the centroids as distributions over channels.
+    centroids count, chosen the more softly the larger `eps` is. `times_divergence`: whether the squared distances of
+    an image are multiplied by how far its descriptors are from the centroids as distributions over channels.
     """
 
     grid: int = Field(default=32, ge=2, le=MAX_GRID)
     k: int = Field(default=3, ge=1)
     eps: float = Field(default=0.1, ge=1e-4, le=1e4)
-    kl_weight: bool = True
+    times_divergence: bool = True
     sigma: float = Field(default=4.0, ge=0)
     training: TrainingConfig = TrainingConfig(**PUBLISHED)
 
@@ -102,11 +102,11 @@ class AdfaNetwork(nn.Module):
     def divergence(self, described: Tensor) -> Tensor:
         """KL(softmax centroids || softmax described) of images [B,n,C/4], summed over cells, in nats: [B].
 
-        The softmax is over channels. No gradient.
+        The softmax is over channels. 0 or more. No gradient.
         """
         with torch.no_grad():
             own, expected = described.log_softmax(2), self.centroids.log_softmax(1)
-            return (expected.exp() * (expected - own)).sum((1, 2))
+            return (expected.exp() * (expected - own)).sum((1, 2)).clamp_min(0)
 
 
 def _initial(name: str) -> str:
@@ -120,9 +120,12 @@ class Adfa:
     by a 1 x 1 CoordConv to a quarter of their channels (448 -> 112 for ResNet18) and a channel attention. Every
     cell has a centroid, the mean of its untrained descriptor over the training images; the descriptor is then
     trained so that each cell comes near to a few centroids, no matter whose. With d the squared distances of a
-    cell to all centroids and A the weights of a soft choice of the `k` nearest (`umiad.nn.topk`), its score is
-    sum A d; the loss is its mean, each image weighted by how far it is from the centroids (`kl_weight`). The map
-    is the square root of the scores, bilinear to S x S and smoothed; the image score is its maximum.
+    cell to all centroids, times its image's divergence from the centroids, and A the weights of a soft choice of the
+    `k` smallest (`umiad.nn.topk`), its score is sum A d; the loss is its mean. The map is the square root of the
+    scores, bilinear to S x S and smoothed; the image score is its maximum.
+
+    The divergence, in nats, summed over all cells and a constant for the gradient, is one number per image: it moves
+    how images rank, and within an image only how softly centroids are chosen.
 
     Presets. "paper": the published constants on the grid of scale 1 (64 x 64 cells at 256 px): hours for 100 images.
     "default": 32 x 32 cells, so a sixteenth of the pairs, and 40 epochs instead of 200 at a rate that falls along a
@@ -134,12 +137,12 @@ class Adfa:
     0.05 M.
 
     Deviation: training has no pass before its first epoch. The centroids are the running mean of the untrained
-    descriptor over all images shown so far, in every epoch: the published ones, up to rounding, after each whole epoch,
-    a little weighted to the images just seen within one, and in the first those of the images seen so far.
+    descriptor over all images shown so far, in every epoch: after each whole epoch the mean over all images, within one
+    a little weighted to the images just seen, and in the first those of the images seen so far. Published is the mean
+    of the batches' means, in which images of a smaller last batch count more.
     Deviation: in scoring the soft choice's scale is the highest price in the image, not in the batch, so that
     images do not touch each other. Deviation: the soft choice is the limit of the published iteration, not its
-    state after some steps. Deviation: the axis of the softmax in the divergence is our choice, the channels; the
-    published one is not known to us. Deviation: ResNet18 by default, ImageNet's normalisation and whole images of
+    state after some steps. Deviation: ResNet18 by default, ImageNet's normalisation and whole images of
     256 px instead of WideResNet50, means of 0.5 and a crop of 224 px. Deviation: the published descriptor carries a
     matrix that it never uses; ours does not.
     """
@@ -184,11 +187,10 @@ class Adfa:
         if torch.is_grad_enabled():
             self.network.show(features)
         described: Tensor = self.network(features)
-        costs = self._costs(described, self._prices(described).amax().expand(len(described)))
-        loss = costs.mean(1)
-        if self.config.kl_weight:
-            loss = loss * self.network.divergence(described)
-        yield {"total": loss.mean(), "distance_per_dim": self._per_dim(costs)}
+        factors = self._factors(described)
+        highest = self._prices(described, factors).amax()
+        costs = self._costs(described, factors, highest.expand(len(described)))
+        yield {"total": costs.mean(), "distance_per_dim": self._per_dim(costs, factors)}
 
     def param_groups(self) -> list[dict[str, Any]]:
         """The descriptor, for AdamW with amsgrad."""
@@ -196,9 +198,9 @@ class Adfa:
         return [{"params": trained, "amsgrad": True, "decoupled_weight_decay": True}]
 
     def monitor(self, prepared: dict[str, Tensor]) -> dict[str, float]:
-        """Mean squared distance to the nearest centroids per dimension, as in scoring."""
+        """Mean squared distance to the nearest centroids per dimension, as in scoring but without the divergence."""
         with evaluating(self.module):
-            return {"distance_per_dim": float(self._per_dim(self._scored(prepared)))}
+            return {"distance_per_dim": float(self._per_dim(*self._scored(prepared)))}
 
     def score(self, images: Tensor, *, original_size: Tensor | None = None) -> Scores:
         """Scores of images [B,3,S,S]; higher = more anomalous. Raises NotFittedError, InputError."""
@@ -209,7 +211,8 @@ class Adfa:
         """Scores from cached features, as the class docstring says."""
         check_fitted(fitted=self.fitted, name=self.info.name)
         with evaluating(self.module):
-            cells = self._scored(prepared).sqrt().unflatten(1, (self.config.side, self.config.side))
+            costs, _ = self._scored(prepared)
+            cells = costs.sqrt().unflatten(1, (self.config.side, self.config.side))
             maps = smooth_cells(cells, self.config.size, self.config.sigma)
             return Scores(maps, maximum(maps))
 
@@ -231,24 +234,39 @@ class Adfa:
         """Prepared scales on one grid, [B,C,side,side]."""
         return join([prepared[f"f{k}"] for k in SCALES])
 
-    def _prices(self, described: Tensor) -> Tensor:
+    def _factors(self, described: Tensor) -> Tensor:
+        """What multiplies the squared distances of each image of descriptors [B,n,C/4]: [B]."""
+        if self.config.times_divergence:
+            return self.network.divergence(described)
+        return described.new_ones(len(described))
+
+    def _prices(self, described: Tensor, factors: Tensor) -> Tensor:
         """The soft choice's own scale for each image of descriptors [B,n,C/4]: [B]."""
-        rows = distance_prices(described.flatten(0, 1), self.network.centroids)
+        each = factors.repeat_interleave(described.shape[1])
+        rows = distance_prices(described.flatten(0, 1), self.network.centroids, each)
         return rows.view(len(described), -1).amax(1)
 
-    def _costs(self, described: Tensor, scale: Tensor) -> Tensor:
-        """Soft squared distances [B,n] of descriptors [B,n,C/4] to their nearest centroids; scales [B]."""
-        cells = described.shape[1]
-        config, fibres = self.config, described.flatten(0, 1)
-        scales = scale.repeat_interleave(cells)
-        costs = nearest_cost(fibres, self.network.centroids, scale=scales, k=config.k, eps=config.eps)
+    def _costs(self, described: Tensor, factors: Tensor, scale: Tensor) -> Tensor:
+        """Soft costs [B,n] of descriptors [B,n,C/4] at their nearest centroids; factors and scales [B]."""
+        cells, config = described.shape[1], self.config
+        costs = nearest_cost(
+            described.flatten(0, 1),
+            self.network.centroids,
+            factors=factors.repeat_interleave(cells),
+            scale=scale.repeat_interleave(cells),
+            k=config.k,
+            eps=config.eps,
+        )
         return costs.view(-1, cells)
 
-    def _scored(self, prepared: Mapping[str, Tensor]) -> Tensor:
-        """The costs [B,n] in which every image has its own scale."""
+    def _scored(self, prepared: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The costs [B,n] in which every image has its own scale, and the factors [B] that are in them."""
         described: Tensor = self.network(self._joined(prepared))
-        return self._costs(described, self._prices(described))
+        factors = self._factors(described)
+        return self._costs(described, factors, self._prices(described, factors)), factors
 
-    def _per_dim(self, costs: Tensor) -> Tensor:
-        """Their mean per chosen centroid and channel."""
-        return costs.detach().mean() / (self.config.k * self.network.centroids.shape[1])
+    def _per_dim(self, costs: Tensor, factors: Tensor) -> Tensor:
+        """Their mean per chosen centroid and channel, as distances: without the factors."""
+        least = torch.finfo(factors.dtype).tiny
+        distances = costs.detach() / factors.clamp_min(least)[:, None]
+        return distances.mean() / (self.config.k * self.network.centroids.shape[1])

@@ -109,4 +109,13 @@ class CollectingDetector(Detector, Protocol):
         ...
 
 
-__all__ = ["CollectingDetector", "Detector", "DetectorConfig", "DetectorInfo"]
+@runtime_checkable
+class PhasedDetector(Detector, Protocol):
+    """What a batch teaches depends on the epoch: first this part of the network, then that one."""
+
+    def begin_epoch(self, number: int) -> None:
+        """Epoch `number` of `config.training.epochs`, from 1, begins; a resumed fit goes on with the next one."""
+        ...
+
+
+__all__ = ["CollectingDetector", "Detector", "DetectorConfig", "DetectorInfo", "PhasedDetector"]

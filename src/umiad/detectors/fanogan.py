@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal, Self
 
@@ -69,40 +68,6 @@ class FAnoGanConfig(DetectorConfig):
         return max(1, min(round(self.gan_share * epochs), epochs - 1))
 
 
-class Passes(nn.Module):
-    """Which pass over the training images is under way, told by the first image that was ever shown.
-
-    A detector is told neither epochs nor how many images there are. It keeps a digest of 8 bytes of that image, no
-    pixels. Both numbers are tensors, so that a resumed fit goes on in the same phase.
-    """
-
-    first: Tensor
-    number: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("first", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("number", torch.zeros((), dtype=torch.int64))
-
-    def count(self, images: Tensor) -> int:
-        """Take a batch of training images [B,...] and return the number of the pass, from 1.
-
-        A pass begins with the batch that holds the first image. Without gradients nothing is learned: the number
-        then stays as it is.
-        """
-        if torch.is_grad_enabled():
-            digests = [_digest(image) for image in images]
-            if self.number == 0:
-                self.first.fill_(digests[0])
-            self.number.add_(int(self.first) in digests)
-        return int(self.number)
-
-
-def _digest(image: Tensor) -> int:
-    content = image.detach().cpu().contiguous().numpy().tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
-
-
 class FAnoGan:
     """A generator learns normal images, an encoder its inverse; the score is what both together do not restore.
 
@@ -122,9 +87,8 @@ class FAnoGan:
 
     Deviation: the encoder is trained by Adam, not by RMSProp. Deviation: the publication counts iterations, ours
     epochs. Deviation: the critic's steps of one cycle see the same real images, with other latents; published are
-    other images for each. Deviation: phase 2 begins with that batch of its first epoch in which the image comes that
-    was the very first (a detector is not told where epochs begin); if that image is there twice, earlier.
-    Deviation: in "default" and "quick", E takes a step per batch in phase 1 too, with G and D frozen for it.
+    other images for each. Deviation: in "default" and "quick", E takes a step per batch in phase 1 too, with G and D
+    frozen for it.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(
@@ -175,8 +139,8 @@ class FAnoGan:
             self.generator = Generator(edge, width=width, latent=latent)
             self.critic = Critic(edge, width=width)
             self.encoder = LatentEncoder(edge, width=width, latent=latent, bounded=config.bounded)
-        self.passes = Passes()
-        self.module = nn.ModuleDict({**self.parts(), "passes": self.passes})
+        self.module = nn.ModuleDict(self.parts())
+        self.epoch = 1
         self.fitted = False
 
     def prepare(self, images: Tensor, *, original_size: Tensor | None = None) -> dict[str, Tensor]:
@@ -184,11 +148,15 @@ class FAnoGan:
         check_images(images, size=self.config.size)
         return {"grey": 2 * grey(images, self.config.working_edge) - 1}
 
+    def begin_epoch(self, number: int) -> None:
+        """Epochs up to `config.gan_epochs` are phase 1, the others phase 2."""
+        self.epoch = number
+
     def steps(self, prepared: dict[str, Tensor], rng: torch.Generator) -> Iterator[dict[str, Tensor]]:
         """Phase 1: the critic's steps and one of the generator. Phase 2, or alongside: one of the encoder."""
         self.fitted = True
         real = prepared["grey"]
-        adversarial = self.passes.count(real) <= self.config.gan_epochs
+        adversarial = self.epoch <= self.config.gan_epochs
         if adversarial:
             self.generator.train()
             yield from self._critic_steps(real, rng)
@@ -238,7 +206,7 @@ class FAnoGan:
         return {"generator": self.generator, "critic": self.critic, "latent_encoder": self.encoder}
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors, and the number of the pass."""
+        """All tensors."""
         return {key: value.detach() for key, value in self.module.state_dict().items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:

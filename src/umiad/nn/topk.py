@@ -107,22 +107,29 @@ def squared_distances(fibres: Tensor, points: Tensor) -> Tensor:
     return torch.addmm(norms, fibres, points.T, alpha=-2).clamp_min(0)
 
 
-def distance_prices(fibres: Tensor, points: Tensor) -> Tensor:
-    """`prices` of each fibre's [N,C] squared distances to points [n,C]: [N], without gradient."""
+def distance_prices(fibres: Tensor, points: Tensor, factors: Tensor) -> Tensor:
+    """`prices` of each fibre's [N,C] squared distances to points [n,C] times its factor [N]: [N], without gradient."""
     with torch.no_grad():
-        blocks = fibres.split(max(1, PAIRS_AT_ONCE // len(points)))
-        return torch.cat([prices(squared_distances(block, points))[:, 0] for block in blocks])
+        rows = max(1, PAIRS_AT_ONCE // len(points))
+        blocks = zip(fibres.split(rows), factors.split(rows), strict=True)
+        return torch.cat([prices(_multiplied(block, points, each))[:, 0] for block, each in blocks])
 
 
-def nearest_cost(fibres: Tensor, points: Tensor, *, scale: Tensor, k: int, eps: float) -> Tensor:
-    """Soft sum of the squared distances of each fibre [N,C] to its k nearest points [n,C]: [N].
+def nearest_cost(
+    fibres: Tensor, points: Tensor, *, factors: Tensor, scale: Tensor, k: int, eps: float
+) -> Tensor:
+    """Soft sum of the k smallest costs of each fibre [N,C], its squared distances to points [n,C] times a factor: [N].
 
-    sum_j A_j d_j with the weights A of `soft_topk` at scales [N]. Only the fibres get a gradient. Memory is that
-    of `PAIRS_AT_ONCE` pairs, in training as well.
+    sum_j A_j d_j with the weights A of `soft_topk` at scales [N]; factors [N], 0 or more. Only the fibres get a
+    gradient. Memory is that of `PAIRS_AT_ONCE` pairs, in training as well.
     """
     fibres = fibres if torch.is_grad_enabled() else fibres.detach()
-    cost: Tensor = _NearestCost.apply(fibres, points.detach(), scale.detach(), k, eps)
+    cost: Tensor = _NearestCost.apply(fibres, points.detach(), factors.detach(), scale.detach(), k, eps)
     return cost
+
+
+def _multiplied(fibres: Tensor, points: Tensor, factors: Tensor) -> Tensor:
+    return squared_distances(fibres, points) * factors[:, None]
 
 
 class _NearestCost(torch.autograd.Function):
@@ -130,15 +137,17 @@ class _NearestCost(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, fibres: Tensor, points: Tensor, scale: Tensor, k: int, eps: float
+        ctx: Any, fibres: Tensor, points: Tensor, factors: Tensor, scale: Tensor, k: int, eps: float
     ) -> Tensor:  # the arguments of `apply`
         wanted = ctx.needs_input_grad[0]
         rows = max(1, PAIRS_AT_ONCE // len(points))
         costs, slopes = [], []
-        for block, scales in zip(fibres.split(rows), scale.split(rows), strict=True):
+        for block, each, scales in zip(
+            fibres.split(rows), factors.split(rows), scale.split(rows), strict=True
+        ):
             with torch.set_grad_enabled(wanted):
                 inputs = block.detach().requires_grad_(wanted)
-                distances = squared_distances(inputs, points)
+                distances = _multiplied(inputs, points, each)
                 cost = (soft_topk(distances, k=k, eps=eps, scale=scales[:, None]) * distances).sum(1)
                 if wanted:
                     slopes += torch.autograd.grad(cost.sum(), inputs)
@@ -148,6 +157,6 @@ class _NearestCost(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
-        return gradient[:, None] * slopes, None, None, None, None
+        return gradient[:, None] * slopes, None, None, None, None, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from umiad.detectors.battery.images import clean_images
-from umiad.detectors.contract import CollectingDetector, Detector, DetectorInfo
+from umiad.detectors.contract import CollectingDetector, Detector, DetectorInfo, PhasedDetector
 
 Make: TypeAlias = Callable[[int], Detector]
 """Builds an unfitted detector from a seed, at the size the battery is run with."""
@@ -105,7 +105,7 @@ def world(number: int) -> Iterator[RandomStates]:
 
 
 def fit_prepared(detector: Detector, prepared: dict[str, Tensor], *, steps: int) -> Detector:
-    """Fit on one batch in the order in which `umiad.training` does: steps, then collect, then finish."""
+    """Fit on one batch, an epoch each time, in the order in which `umiad.training` does: steps, collect, finish."""
     rng = torch.Generator().manual_seed(detector.config.seed)
     detector.module.train()
     if not detector.info.closed_form:
@@ -113,7 +113,9 @@ def fit_prepared(detector: Detector, prepared: dict[str, Tensor], *, steps: int)
         limit = math.inf if training.clip_norm is None else training.clip_norm
         optimizer = torch.optim.Adam(detector.param_groups(), lr=LEARNING_RATE)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for _ in range(steps):
+        for number in range(1, steps + 1):
+            if isinstance(detector, PhasedDetector):
+                detector.begin_epoch(number)
             for losses in detector.steps(prepared, rng):
                 optimizer.zero_grad()
                 losses["total"].backward()
