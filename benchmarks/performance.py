@@ -4,7 +4,8 @@
 
 Every figure is a ratio to one of two references that take turns with it in the same run, medians of the turns: R1 is
 the plain ResNet18, all four layers, float32, PyTorch's default layout; R2 the fastest float32 form of it that we
-know, folded and channels-last. A part keeps its last figures when it is not named in --only.
+know, folded and channels-last. A part keeps its last figures when it is not named in --only, or when a row is
+missing now (a package or a compiler is not there).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import profile_jobs
 from metrics_speed import CHUNK, base_fields, chunk
 from paper_protocol import CODE
 from speed import alternate
@@ -181,7 +183,10 @@ def ratios(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def folder(bench: Bench, turns: int) -> dict[str, float]:
-    """`umiad score` on the whole folder, without and with pictures and maps, as multiples of R1 on the same images."""
+    """Scoring the whole folder, without and with pictures and maps, as multiples of R1 on as many images.
+
+    By a model that is loaded, and by the command `umiad score` from its start.
+    """
     sample = torch.from_numpy(
         np.stack(
             [to_input(read_image(f), bench.model.config.preprocessing) for f in bench.files[:BATCH_SIZE]]
@@ -195,15 +200,32 @@ def folder(bench: Bench, turns: int) -> dict[str, float]:
             bench.model, bench.files[:count], bench.folder / "out", outputs=outputs
         )
 
+    model, files = saved(bench), [str(file) for file in bench.files[:count]]
+    plain = ("--pictures", "none", "--maps", "none")
+    words = ("score", str(model), *files, "--out", str(bench.folder / "out"), *plain)
     found = alternate(
         {
             **bench.references.calls(images),
             "nothing written": score(batch.Outputs(pictures="none", maps="none")),
             "maps and pictures": score(batch.Outputs()),
+            "command, nothing written": command(*words),
         },
         repeats=turns,
     )
     return {"images": count, **ratios(found)}
+
+
+def saved(bench: Bench) -> Path:
+    """The folder of the bench's model."""
+    model = bench.folder / "model"
+    if not model.exists():
+        bench.model.save(model)
+    return model
+
+
+def command(*words: str) -> Callable[[], object]:
+    """A call of `umiad` in a fresh process, which must end without complaint."""
+    return lambda: subprocess.run([sys.executable, "-m", "umiad", *words], capture_output=True, check=True)
 
 
 def arrays(bench: Bench, turns: int) -> dict[str, float]:
@@ -240,17 +262,11 @@ def fitting(bench: Bench, turns: int) -> dict[str, float]:
 
 def startup(bench: Bench, turns: int) -> dict[str, float]:
     """Seconds of `umiad --help` and of scoring one image, each in a fresh process, files in the system's cache."""
-    model, out = bench.folder / "model", bench.folder / "one"
-    bench.model.save(model)
-    command = [sys.executable, "-m", "umiad"]
-
-    def run(*words: str) -> Callable[[], object]:
-        return lambda: subprocess.run([*command, *words], capture_output=True, check=True)
-
+    one = ("score", str(saved(bench)), str(bench.files[0]), "--out", str(bench.folder / "one"))
     found = alternate(
         {
-            "help": run("--help"),
-            "score one image": run("score", str(model), str(bench.files[0]), "--out", str(out)),
+            "help": command("--help"),
+            "score one image": command(*one),
             "import torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
         },
         repeats=turns,
@@ -316,10 +332,14 @@ def power(seconds: dict[int, float]) -> dict[str, Any]:
 def memory(bench: Bench, turns: int) -> dict[str, float]:
     """Peak megabytes of `umiad score` on the folder: above its imports, and in all."""
     del turns
-    model = bench.folder / "model"
-    if not model.exists():
-        bench.model.save(model)
-    words = [sys.executable, "-c", PEAK, str(model), str(bench.folder / "peak"), *map(str, bench.files[:64])]
+    words = [
+        sys.executable,
+        "-c",
+        PEAK,
+        str(saved(bench)),
+        str(bench.folder / "peak"),
+        *map(str, bench.files[:64]),
+    ]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     above, whole = json.loads(out.splitlines()[-1])
     return {"above the imports": round(above / 1e3, 1), "in all": round(whole / 1e3, 1)}
@@ -350,12 +370,27 @@ def backbone(bench: Bench, turns: int) -> dict[str, Any]:
     return backbone_forms.measure(3 * turns)
 
 
+def jobs(bench: Bench, turns: int) -> dict[str, Any]:
+    """Shares of the stages of a fit and of an evaluation, each once: they take minutes."""
+    del turns
+    return profile_jobs.jobs(bench.build, bench.data)
+
+
+def training(bench: Bench, turns: int) -> dict[str, float]:
+    """Parts of a step of the published training, as multiples of R1."""
+    images = clean_images(profile_jobs.STEP_IMAGES, size=256)
+    r1 = bench.references.calls(images, len(images))["r1"]
+    return profile_jobs.training(bench.source, r1, images, turns)
+
+
 PARTS: dict[str, Callable[[Bench, int], dict[str, Any]]] = {
     "backbone": backbone,
     "stages": stages,
     "folder": folder,
     "arrays": arrays,
     "fitting": fitting,
+    "jobs": jobs,
+    "training": training,
     "startup": startup,
     "growth": growth,
     "memory": memory,
@@ -385,7 +420,11 @@ def main() -> None:
                 "images": "busi" if bench.real else "phantoms",
                 "turns": options.turns,
             }
-            found[name] = {"facts": facts, "values": PARTS[name](bench, options.turns)}
+            values = PARTS[name](bench, options.turns)
+            if lost := sorted(set(found.get(name, {}).get("values", {})) - set(values)):
+                print(f"{name}: without {', '.join(lost)}; the figures of before are kept")
+                continue
+            found[name] = {"facts": facts, "values": values}
             TARGET.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
             print(name, json.dumps(found[name]["values"], indent=1))
 

@@ -33,7 +33,10 @@ class Goal:
 
 
 GOALS = (
-    Goal("`umiad score` on a folder, nothing written", "folder", "nothing written", 1.0),
+    Goal("scoring a folder of 496 images, model loaded, nothing written", "folder", "nothing written", 1.0),
+    Goal(
+        "the same by the command `umiad score`, start-up included", "folder", "command, nothing written", 1.0
+    ),
     Goal("8 arrays of 256 px from Python", "arrays", "8, over r1", 1.0),
     Goal("8 arrays of 256 px from Python", "arrays", "8, over r2", 1.3, "x R2"),
     Goal("one array of 256 px from Python", "arrays", "1, over r1", 1.2),
@@ -48,7 +51,7 @@ HEAD = """# Performance: where the time goes
 
 Made by `benchmarks/performance_page.py` from what `make bench` measured; nothing here is typed by hand but the words.
 Times are multiples of a reference that took turns with them in the same run: **R1** is the plain ResNet18 (all four
-layers, float32, PyTorch's default layout) on the same images in the same batches, **R2** the fastest float32 form of
+layers, float32, PyTorch's default layout) on as many images in the same batches, **R2** the fastest float32 form of
 it that we know (BatchNorm folded, channels-last). So a figure says how far a task is from the bare encoder, on any
 machine; seconds are of the machine that measured."""
 BUFFERED = "Reading runs ahead in a thread of its own, so its stage is hidden where a second core is free."
@@ -69,10 +72,21 @@ Compiling is measured here and not offered by `umiad score`: it has to gain more
 model is what is faster (Runtimes, below)."""
 RUNTIMES = """Eight arrays of 256 px from Python, by the model and by what `umiad export` makes of it (docs/export.md),
 where the packages of the extras `onnx` and `openvino` are installed."""
+EXPORTED = """Every detector exported for both runtimes and compared with itself on 24 images of busi at 128 px
+(`benchmarks/export_parity.py`; quick fits on 60 normal images). 1e-4 is allowed; beyond it nothing is written."""
 COMPACT = """`umiad fit --compact-features` keeps what the frozen parts yield in float16: half the memory, or disk.
 Fitted with and without on the same split (seed 0), judged on the test images with features as they are; "scores
-apart": the largest difference of an image score, as a share of the scores' standard deviation. Trained detectors take
-other steps after the first rounding, so their scores drift apart as they do between two processors."""
+apart": the largest difference of an image score, as a share of the scores' standard deviation. The rows with epochs
+are trained by gradients: they take other steps after the first rounding, so scores drift apart in the course of it."""
+JOBS = """A fit of the default (hold-out 0.2) and `umiad evaluate` on its test part (exact metrics, 1000 resamples),
+each once. Time between two messages of progress is counted to the stage of the later one."""
+TRAINING = """One batch of 16 images of the published training (`egmf`, preset `paper`, 256 px). "Cached" is what
+`umiad fit` does: the frozen parts run once per image, not in every epoch."""
+STARTUP = """Seconds of a fresh process, files in the system's cache; `import torch` by itself beside them."""
+
+
+LISTS = ("speed_metrics", "compact_features", "same_scores", "export_parity")
+NOT_MEASURED = "Not measured yet: `make bench`."
 
 
 def load(name: str) -> Any:
@@ -86,12 +100,22 @@ def page(
     metrics: Sequence[Mapping[str, Any]],
     compact: Sequence[Mapping[str, Any]] = (),
     same: Sequence[Mapping[str, Any]] = (),
+    exported: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Markdown of the whole page; parts that were not measured say so."""
     parts = [HEAD, "## Asked for and reached", _goals(found, metrics)]
     parts += ["## The backbone, in other ways", BACKBONE, _backbone(found)]
-    parts += ["## Stages of scoring", _stages(found), "## Growth", _growth(found)]
+    parts += [
+        "## Stages of scoring",
+        _stages(found),
+        "## Stages of a fit and of an evaluation",
+        JOBS,
+        _jobs(found),
+    ]
+    parts += ["## A step of training", TRAINING, _training(found), "## Start-up", STARTUP, _startup(found)]
+    parts += ["## Growth", _growth(found)]
     parts += ["## Runtimes", RUNTIMES, _runtimes(found)]
+    parts += ["## Exported and compared", EXPORTED, _exported(exported)]
     parts += ["## Same scores", SAME, _same(same)]
     parts += ["## Compact features", COMPACT, _compact(compact), "## How it was measured"]
     return "\n\n".join([*parts, _facts(found)]) + "\n"
@@ -121,7 +145,7 @@ def _goals(found: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> st
 def _backbone(found: Mapping[str, Any]) -> str:
     values = found.get("backbone", {}).get("values")
     if values is None:
-        return "Not measured yet: `make bench`."
+        return NOT_MEASURED
     counts = [key for key in values if key.isdigit()]
     rows = [("form", *(f"x R1, batch of {count}" for count in counts))]
     rows += [(name, *(f"{values[count][name]:.2f}" for count in counts)) for name in values[counts[0]]]
@@ -132,7 +156,7 @@ def _backbone(found: Mapping[str, Any]) -> str:
 def _stages(found: Mapping[str, Any]) -> str:
     values = found.get("stages", {}).get("values")
     if values is None:
-        return "Not measured yet: `make bench`."
+        return NOT_MEASURED
     rows = [
         ("stage, one image", "x R1"),
         *((name, f"{value:.2f}") for name, value in values.items() if name != "r2"),
@@ -141,10 +165,38 @@ def _stages(found: Mapping[str, Any]) -> str:
     return f"{_table(rows)}\n\n{note}"
 
 
+def _jobs(found: Mapping[str, Any]) -> str:
+    values = found.get("jobs", {}).get("values")
+    if values is None:
+        return NOT_MEASURED
+    rows = [("job", "images", "seconds", "stage", "share")]
+    for name, each in values.items():
+        stages = sorted(each["shares"].items(), key=lambda pair: -pair[1])
+        for stage, share in stages:
+            rows.append((name, str(each["images"]), f"{each['seconds']:g}", stage, f"{share:.0%}"))
+    return _table(rows)
+
+
+def _training(found: Mapping[str, Any]) -> str:
+    values = found.get("training", {}).get("values")
+    if values is None:
+        return NOT_MEASURED
+    rows = [("part, one batch", "x R1"), *((name, f"{value:.2f}") for name, value in values.items())]
+    faster = values["whole step, uncached"] / values["whole step, cached"]
+    return f"{_table(rows)}\n\nAn epoch without the cache takes {faster:.2f} times one with it."
+
+
+def _startup(found: Mapping[str, Any]) -> str:
+    values = found.get("startup", {}).get("values")
+    if values is None:
+        return NOT_MEASURED
+    return _table([("process", "seconds"), *((name, f"{value:.2f}") for name, value in values.items())])
+
+
 def _growth(found: Mapping[str, Any]) -> str:
     values = found.get("growth", {}).get("values")
     if values is None:
-        return "Not measured yet: `make bench`."
+        return NOT_MEASURED
     rows = [("number of", "from", "to", "cost of the largest, smallest = 1", "exponent")]
     for name, law in values.items():
         points = _points(law)
@@ -161,10 +213,29 @@ def _points(law: Mapping[str, Any]) -> list[tuple[int, float]]:
 def _runtimes(found: Mapping[str, Any]) -> str:
     values = found.get("runtimes", {}).get("values")
     if values is None:
-        return "Not measured yet: `make bench`."
+        return NOT_MEASURED
     shown = {name: value for name, value in values.items() if name != "r2"}
     rows = [(name, f"{value:.2f}", f"{value / shown['torch']:.2f}") for name, value in shown.items()]
     return _table([("scored by", "x R1", "x torch"), *rows])
+
+
+def _exported(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "Not measured yet: `benchmarks/export_parity.py`."
+    table = [
+        ("detector", "runtime", "maps differ by", "image scores by", "decisions alike", "weights", "commit")
+    ]
+    for row in rows:
+        ends = (row["weights"], row["commit"])
+        name = f"{row['detector']}, {row['preset']}"
+        if found := row.get("parity"):
+            alike = f"{found['same_decisions']} of {found['decisions']}"
+            alike += f", {found['ties']} ties" if found["ties"] else ""
+            far = (f"{found['map_relative']:.1e}", f"{found['score_relative']:.1e}", alike)
+        else:
+            far = (f"refused: {row['refused']}", "-", "-")
+        table.append((name, row["runtime"], *far, *ends))
+    return _table(table)
 
 
 def _same(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -187,7 +258,18 @@ def _same(rows: Sequence[Mapping[str, Any]]) -> str:
 def _compact(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "Not measured yet: `benchmarks/compact_features.py`."
-    table = [("data", "detector", "image AUROC", "pixel AUROC", "AUPRO", "scores apart", "weights", "commit")]
+    names = (
+        "data",
+        "detector",
+        "epochs",
+        "image AUROC",
+        "pixel AUROC",
+        "AUPRO",
+        "scores apart",
+        "weights",
+        "commit",
+    )
+    table = [names]
     for row in rows:
         exact, packed = (row["metrics"][name] for name in ("float32", "float16"))
         cells = (
@@ -195,9 +277,8 @@ def _compact(rows: Sequence[Mapping[str, Any]]) -> str:
             for key in ("det_auroc", "seg_auroc", "seg_aupro")
         )
         name = f"{row['detector']}, {row['preset']}"
-        table.append(
-            (row["dataset"], name, *cells, f"{row['scores_apart']:.1e}", row["weights"], row["commit"])
-        )
+        ends = (f"{row['scores_apart']:.1e}", row["weights"], row["commit"])
+        table.append((row["dataset"], name, str(row["epochs"]), *cells, *ends))
     return _table(table)
 
 
@@ -249,7 +330,7 @@ def plot(found: Mapping[str, Any]) -> None:
 def main() -> None:
     """Write the page and the plot."""
     found = load("performance.json")
-    lists = (load(f"{name}.json") or [] for name in ("speed_metrics", "compact_features", "same_scores"))
+    lists = (load(f"{name}.json") or [] for name in LISTS)
     PAGE.write_text(page(found, *lists), encoding="utf-8")
     plot(found)
 

@@ -4,14 +4,15 @@
 
 The default, fitted with hold-out 0.2 (seed 0), scores test images, evenly chosen, as it ships: folded backbone,
 channels-last, batches of 8. The same images are scored by the plain network (BatchNorm as layers, PyTorch's default
-layout), one at a time, and with the backbone in bfloat16 (imitated where the processor has none: slow).
+layout), one at a time, and with the backbone in bfloat16 (imitated where the processor has none: slow). Ends with an
+error where anything that stays in float32 changes more than 1e-4, or a decision.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ DATASETS = ("head_ct", "brain_mri", "busi")
 IMAGES = 96
 TOLERANCE = 1e-4
 """What a map may change by, as a share of its range, and a score, as a share of the scores' spread, in float32."""
+IN_BFLOAT16 = "backbone in bfloat16"
 Scored = tuple[np.ndarray, np.ndarray]
 
 
@@ -119,7 +121,7 @@ def measure(folder: Path, weights: str, reporter: RichReporter) -> dict[str, Any
     with plain(model):
         found["plain network"] = score(model, inputs, sizes, batch=BATCH_SIZE)
     with rounded(model):
-        found["backbone in bfloat16"] = score(model, inputs, sizes, batch=BATCH_SIZE)
+        found[IN_BFLOAT16] = score(model, inputs, sizes, batch=BATCH_SIZE)
     return {
         "dataset": folder.name,
         "images": len(images),
@@ -141,13 +143,28 @@ def main() -> None:
     )
     parser.add_argument("--data", required=True, type=Path, help="folder with busi, brain_mri, head_ct")
     parser.add_argument("--weights", required=True, help="backbone weights, as in umiad fit")
+    parser.add_argument("--again", action="store_true", help="also what was measured before, by older code")
     given = parser.parse_args()
-    rows = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() else []
+    rows = json.loads(TARGET.read_text(encoding="utf-8")) if TARGET.exists() and not given.again else []
     with RichReporter(Console(stderr=True)) as reporter:
         for name in DATASETS:
             if name not in {row["dataset"] for row in rows}:
                 rows.append(measure(given.data / name, given.weights, reporter))
                 TARGET.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if lost := beyond(rows):
+        raise SystemExit(f"scores are not the same: {'; '.join(lost)} (at most {TOLERANCE:.0e} is allowed)")
+
+
+def beyond(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What changed more than `TOLERANCE`, or a decision, among the ways that stay in float32."""
+    return [
+        f"{row['dataset']}, {name}: maps {each['map_most']:.1e}, scores {each['score_most']:.1e}, "
+        f"{each['decisions_changed']} decisions"
+        for row in rows
+        for name, each in row["compared"].items()
+        if name != IN_BFLOAT16
+        and (max(each["map_most"], each["score_most"]) > TOLERANCE or each["decisions_changed"])
+    ]
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def table4(rows: list[dict[str, Any]] | None = None) -> list[Block]:
     caption = (
         "Parameters: preset paper at 256 px, egmf's preset default in a row of its own; "
         "the backbone is a frozen ResNet18 without classifier; memory banks and "
-        "Gaussian statistics are no parameters. Time: one image at batch 1 and 256 px, median of alternating calls in "
+        "Gaussian statistics are no parameters. medvit has 29.58 M with the publication's unused parameters "
+        "(`official_layout`, decision 9). Time: one image at batch 1 and 256 px, median of alternating calls in "
         f"one run, divided by the bare encoder's ({_measured()}); the paper's milliseconds are of its own machine."
     )
     return [Table("Table 4", header, lines, caption), _reasons(printed)]

@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -159,6 +160,31 @@ def test_of_a_volume_that_breaks_off_nothing_is_kept(model, tmp_path):
     summary = score_files(model, [path, good], tmp_path / "out")
     assert [line["file"] for line in lines(tmp_path / "out")] == [str(good)]
     assert len(summary.skipped) == 1
+
+
+@pytest.mark.parametrize("what", ["map", "score"])
+def test_a_score_that_is_not_finite_is_the_files_fault_and_the_run_goes_on(
+    what, model, tmp_path, monkeypatch
+):
+    data = tmp_path / "data"
+    nifti_file(data / "b.nii", volume())
+    for name in ("a", "c"):
+        save_array(data / f"{name}.png", np.random.default_rng(3).integers(0, 255, (64, 64), dtype=np.uint8))
+    score = type(model).run
+
+    def broken(self, inputs, sizes):
+        maps, scores = score(self, inputs, sizes)
+        volumes = np.array([size != (64, 64) for size in sizes])
+        (maps if what == "map" else scores)[volumes] = np.nan
+        return maps, scores
+
+    monkeypatch.setattr(type(model), "run", broken)
+    summary = score_files(model, [data], tmp_path / "out")
+    [(name, reason)] = summary.skipped
+    assert name == str(data / "b.nii")
+    assert "finite" in reason
+    assert [Path(line["file"]).name for line in lines(tmp_path / "out")] == ["a.png", "c.png"]
+    assert not list((tmp_path / "out" / "maps").glob("*b*"))
 
 
 def test_a_folder_without_images_is_an_input_error(model, tmp_path):

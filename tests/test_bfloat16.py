@@ -171,6 +171,18 @@ def test_scoring_a_folder_says_what_the_backbone_ran_in_and_puts_it_back(model, 
     assert exact != rough
 
 
+def test_a_folder_scored_in_float32_is_so_whatever_the_model_was_set_to_before(
+    model, images, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(bfloat16.Parity, "agrees", True)
+    path = save_array(tmp_path / "one.png", (blob_image().pixels[0] * 255).astype(np.uint8))
+    batch.score_files(model, [path], tmp_path / "before")
+    assert bfloat16.choose(model, images, "bfloat16").precision == "bfloat16"
+    batch.score_files(model, [path], tmp_path / "after")
+    same = [(tmp_path / name / "scores.jsonl").read_text() for name in ("before", "after")]
+    assert same[0] == same[1]
+
+
 def test_a_run_that_fails_puts_the_precision_back(model, tmp_path, monkeypatch):
     monkeypatch.setattr(bfloat16.Parity, "agrees", True)
     path = save_array(tmp_path / "one.png", (blob_image().pixels[0] * 255).astype(np.uint8))

@@ -18,6 +18,7 @@ from umiad import detectors, exported, fitted, onnxfile
 from umiad.cli.app import app
 from umiad.errors import ConfigError, InputError, MissingExtraError
 from umiad.export import artefact, export_model, parity, trace
+from umiad.exported import Loss
 from umiad.preprocess import to_input
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -143,6 +144,30 @@ def test_what_8_bits_may_change_is_bounded(change, kept):
     assert f"{found.changed} of {found.decisions} decisions changed" in found.words()
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_few_images_make_a_batch_of_three_as_well(count):
+    """A graph that is wrong for whatever is not alone in its batch is found on a single image."""
+    model, batches = golden(), []
+    images = parity.phantom_images(SIZE)[:count]
+
+    def other(inputs):
+        batches.append(len(inputs))
+        maps, scores = model.run(inputs, [(SIZE, SIZE)] * len(inputs))
+        return maps, scores * (1.0 if len(inputs) == 1 else 1.5)
+
+    found = parity.measure(model, other, images, source="images")
+    assert (found.kept, found.images) == (False, count)
+    assert batches == [1] * count + {1: [3], 2: [3], 4: [3, 1]}[count]
+
+
+@pytest.mark.parametrize("infinite", [{"map_most": np.inf}, {"score_most": np.inf, "rank_correlation": None}])
+def test_a_loss_that_is_no_number_is_not_kept(infinite):
+    known = {"map_median": 0.1, "map_most": 0.2, "score_most": 0.2, "rank_correlation": 0.99}
+    loss = Loss(images=3, source="images", decisions=6, changed=0, **known)
+    assert loss.kept
+    assert not loss.model_copy(update=infinite).kept
+
+
 def test_the_loss_of_8_bits_by_hand():
     model, images = golden(), parity.phantom_images(SIZE)[:4]
     inputs = np.stack([to_input(each, model.config.preprocessing) for each in images])
@@ -162,8 +187,11 @@ def test_8_bits_are_not_judged_on_the_images_they_were_fitted_to():
     inputs = [to_input(each, preprocessing) for each in images]
     left = parity.others(images, inputs[::2], preprocessing)
     assert [each.name for each in left] == [each.name for each in images[1::2]]
-    with pytest.raises(InputError, match="every image to compare on"):
-        parity.others(images, inputs, preprocessing)
+    for seen, count in ((inputs, 0), (inputs[2:], 2)):
+        with pytest.raises(
+            InputError, match=f"{count} of 12 images to compare on .* expected 3 or more others"
+        ):
+            parity.others(images, seen, preprocessing)
 
 
 def test_8_bits_are_for_onnx_runtime_only(tmp_path):

@@ -12,7 +12,8 @@ RELU = '<layer id="2" type="ReLU" version="opset1"/>'
 GOOD = (
     '<?xml version="1.0"?><net name="score" version="11"><layers>'
     f'<layer id="0" type="Parameter" version="opset1"><data shape="?,3,64,64"/></layer>{CONSTANT}'
-    f"{RELU}</layers><edges/><rt_info/></net>"
+    f'{RELU}<layer id="3" type="Result" version="opset1"/><layer id="4" type="Result" version="opset1"/></layers>'
+    "<edges/><rt_info/></net>"
 )
 BILLION = '<!DOCTYPE net [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>'
 FETCHED = '<!DOCTYPE net SYSTEM "file:///etc/passwd">'
@@ -41,6 +42,8 @@ def test_a_plain_graph_passes():
         ('size="16"', "", "a constant without offset and size"),
         (RELU, RELU.replace("/>", "><body/></layer>"), "within"),
         ("</net>", "", "no XML"),
+        ('"Result"', '"ReLU"', "1 layers 'Result', expected 2"),
+        ('"ReLU"', '"Parameter"', "2 layers 'Parameter', expected 1"),
     ],
 )  # fmt: skip
 def test_M6_what_no_export_holds_is_refused_by_name(old, new, words):
@@ -61,5 +64,5 @@ def test_M6_bytes_that_are_no_graph_are_refused(content):
 
 def test_M6_more_layers_than_any_export_has_are_refused(monkeypatch):
     monkeypatch.setattr(irfile, "MAX_LAYERS", 2)
-    with pytest.raises(ModelFileError, match="3 layers, expected 1 to 2"):
+    with pytest.raises(ModelFileError, match="5 layers, expected 1 to 2"):
         check(GOOD)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,7 +30,10 @@ def test_the_page_tells_reached_beside_asked_for(pages):
     }
     metrics = [{"what": "exact", "seconds": 2.3, "peak_gb": 0.8, "goal_seconds": 3.0, "goal_gb": 1.5}]
     text = pages.page(found, metrics)
-    assert "| `umiad score` on a folder, nothing written | 1.23 x R1 | at most 1 x R1 |" in text
+    assert (
+        "| scoring a folder of 496 images, model loaded, nothing written | 1.23 x R1 | at most 1 x R1 |"
+        in text
+    )
     assert "| `umiad --help` | 0.25 s | at most 0.3 s |" in text
     assert "| exact | 2.3 s, 0.8 GB | at most 3 s and 1.5 GB |" in text
     assert "| the same folder with maps and pictures | 2.5 x R1 | - |" in text
@@ -39,7 +43,7 @@ def test_the_page_tells_reached_beside_asked_for(pages):
 def test_what_was_not_measured_says_so(pages):
     text = pages.page({}, [])
     assert text.count("not measured yet") == len(pages.GOALS)
-    assert text.count("Not measured yet: `make bench`.") == 4
+    assert text.count("Not measured yet: `make bench`.") == 7
 
 
 def test_growth_has_its_exponent_and_its_plot(pages, monkeypatch, tmp_path):
@@ -53,10 +57,7 @@ def test_growth_has_its_exponent_and_its_plot(pages, monkeypatch, tmp_path):
 
 def test_the_committed_page_is_the_one_of_the_committed_results(pages):
     assert pages.PAGE.read_text() == pages.page(
-        pages.load("performance.json"),
-        pages.load("speed_metrics.json") or [],
-        pages.load("compact_features.json") or [],
-        pages.load("same_scores.json") or [],
+        pages.load("performance.json"), *(pages.load(f"{name}.json") or [] for name in pages.LISTS)
     )
 
 
@@ -64,6 +65,51 @@ def test_runtimes_are_compared_with_torch(pages):
     found = {"runtimes": part(**{"torch": 1.6, "OpenVINO": 1.2, "r2": 0.7})}
     text = pages.page(found, [])
     assert "| torch | 1.60 | 1.00 |\n| OpenVINO | 1.20 | 0.75 |" in text
+
+
+def test_jobs_are_cut_into_their_stages_and_training_into_its_parts(pages):
+    jobs = {"fit": {"images": 9, "seconds": 4.0, "shares": {"reading images": 0.25, "the rest": 0.75}}}
+    steps = {"forward": 1.0, "whole step, cached": 2.0, "whole step, uncached": 3.0}
+    found = {"jobs": part(**jobs), "training": part(**steps), "startup": part(**{"import torch": 1.5})}
+    text = pages.page(found, [])
+    assert "| fit | 9 | 4 | the rest | 75% |\n| fit | 9 | 4 | reading images | 25% |" in text
+    assert "An epoch without the cache takes 1.50 times one with it." in text
+    assert "| import torch | 1.50 |" in text
+
+
+def test_a_clock_gives_time_to_the_stage_that_is_named_next(pages, monkeypatch):
+    import profile_jobs
+
+    times = iter([0.0, 1.0, 4.0, 5.0, 10.0])
+    monkeypatch.setattr(profile_jobs.time, "perf_counter", lambda: next(times))
+    clock = profile_jobs.Clock()
+    for name in ("read", "score", "read"):
+        clock.stage(name, 1, 2)
+    assert clock.shares() == {"read": 0.2, "score": 0.3, "the rest": 0.5}
+
+
+def test_a_part_that_lacks_a_row_keeps_its_figures(pages, monkeypatch, tmp_path, capsys):
+    import performance
+
+    target = tmp_path / "performance.json"
+    older = {"runtimes": part(torch=1.5, OpenVINO=1.0)}
+    target.write_text(json.dumps(older))
+    monkeypatch.setattr(performance, "TARGET", target)
+    monkeypatch.setattr(performance, "Bench", lambda *_: SimpleNamespace(real=False, model=model_of("w")))
+    monkeypatch.setitem(performance.PARTS, "runtimes", lambda *_: {"torch": 1.25})
+    monkeypatch.setattr(sys, "argv", ["performance.py", "--only", "runtimes"])
+    performance.main()
+    assert json.loads(target.read_text()) == older
+    assert "without OpenVINO; the figures of before are kept" in capsys.readouterr().out
+    monkeypatch.setitem(
+        performance.PARTS, "runtimes", lambda *_: {"torch": 1.25, "OpenVINO": 1.0, "new": 2.0}
+    )
+    performance.main()
+    assert json.loads(target.read_text())["runtimes"]["values"]["new"] == 2.0
+
+
+def model_of(weights):
+    return SimpleNamespace(detector=SimpleNamespace(config=SimpleNamespace(weights=weights)))
 
 
 def test_forms_of_the_backbone_stand_side_by_side(pages):
@@ -85,15 +131,39 @@ def test_other_ways_to_the_same_scores_stand_beside_what_they_change(pages):
     )
 
 
+def test_what_was_exported_and_what_was_refused_have_their_rows(pages):
+    parity = {"map_relative": 2e-6, "score_relative": 3e-7, "decisions": 8, "same_decisions": 7, "ties": 1}
+    row = {"detector": "padim", "preset": "quick", "runtime": "onnx", "weights": "w", "commit": "abc"}
+    refused = {**row, "detector": "adfa", "refused": "adfa cannot be exported: a search"}
+    text = pages.page({}, [], exported=[{**row, "parity": parity}, refused])
+    assert "| padim, quick | onnx | 2.0e-06 | 3.0e-07 | 7 of 8, 1 ties | w | abc |" in text
+    assert "| adfa, quick | onnx | refused: adfa cannot be exported: a search | - | - | w | abc |" in text
+
+
+def test_a_score_that_changed_ends_with_an_error(pages):
+    import same_scores
+
+    same = {"map_most": 2e-5, "score_most": 2e-6, "decisions_changed": 0}
+    row = {
+        "dataset": "busi",
+        "compared": {"plain network": same, same_scores.IN_BFLOAT16: {**same, "map_most": 0.04}},
+    }
+    assert same_scores.beyond([row]) == []
+    for worse in ({"map_most": 2e-4}, {"score_most": 2e-4}, {"decisions_changed": 1}):
+        [words] = same_scores.beyond([{**row, "compared": {"plain network": {**same, **worse}}}])
+        assert words.startswith("busi, plain network: ")
+
+
 def test_compact_features_stand_beside_exact_ones(pages):
     metrics = {"det_auroc": 66.5, "seg_auroc": None, "seg_aupro": None}
     row = {"dataset": "head_ct", "detector": "padim", "preset": "default", "weights": "w", "commit": "abc"}
     row |= {
         "metrics": {"float32": metrics, "float16": {**metrics, "det_auroc": 66.75}},
         "scores_apart": 0.00123,
+        "epochs": 0,
     }
     text = pages.page({}, [], [row])
-    assert "| head_ct | padim, default | 66.50 -> 66.75 | - | - | 1.2e-03 | w | abc |" in text
+    assert "| head_ct | padim, default | 0 | 66.50 -> 66.75 | - | - | 1.2e-03 | w | abc |" in text
 
 
 def test_an_exponent_is_the_slope_of_the_logarithms(pages):

@@ -440,6 +440,29 @@ def test_without_resume_a_run_starts_anew(model, data, plain, tmp_path, monkeypa
     assert results(tmp_path / "out") == results(plain)
 
 
+def test_a_run_that_is_cut_off_leaves_no_summary_of_an_earlier_one(model, data, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    score_files(model, [data / "a" / "s0.png"], out)
+    assert (out / "summary.json").exists()
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            score_files(model, [data], out)
+    assert not (out / "summary.json").exists()
+    assert not (out / "report.html").exists()
+
+
+def test_nothing_is_merged_over_a_run_that_is_not_finished(model, data, shards, monkeypatch):
+    with monkeypatch.context() as patch:
+        stopped_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            score_files(model, [data], shards)
+    before = (shards / "scores.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"score\.work: a run of all files there is not finished"):
+        merge_shards(shards)
+    assert (shards / "scores.jsonl").read_bytes() == before
+
+
 def test_nothing_to_resume_leaves_nothing_behind(model, data, tmp_path):
     with pytest.raises(ConfigError, match="nothing to resume; leave out --resume"):
         FileScorer(model).run([data], tmp_path / "out", resume=True)

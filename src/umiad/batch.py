@@ -23,7 +23,7 @@ from umiad.journal import UNFINISHED, Journal, Memory, Naming, ShardFacts, shard
 from umiad.outputs import Outputs, Volume, Writer, full_scale
 from umiad.preprocess import check_usable
 from umiad.progress import Reporter, Silent
-from umiad.scorebook import SCORES, Book, Summary
+from umiad.scorebook import REPORT, SCORES, SUMMARY, Book, Summary
 from umiad.scorer import Scorer
 from umiad.types import FileOptions, Image, framed
 from umiad.worklist import Shard, WorkList, find_work
@@ -127,6 +127,8 @@ class FileScorer:
         try:
             with journal:
                 journal.keep(whole(journal.done, out, Names().of))
+                for name in (SUMMARY, REPORT):  # of an earlier run: they would not fit to what is written now
+                    (out / name).unlink(missing_ok=True)
                 with (out / SCORES).open("w", encoding="utf-8") as lines:
                     book = Book(out, facts, lines)
                     for record in journal.done:
@@ -185,7 +187,7 @@ class FileScorer:
     @contextmanager
     def _running(self, work: WorkList) -> Iterator[None]:
         """Run the backbone in what `bfloat16.choose` decides, and say what that is; afterwards as it was fitted."""
-        if self._wanted == "float32" or isinstance(self._model, ExportedModel):
+        if isinstance(self._model, ExportedModel):
             if self._wanted != "float32":
                 self._reporter.note("backbone in float32: an exported model keeps what it was exported in")
             yield
@@ -193,8 +195,10 @@ class FileScorer:
         from umiad import bfloat16  # imports torch, which an exported model does without
 
         model = cast("FittedModel", self._model)
-        choice = bfloat16.choose(model, list(self._probes(work, bfloat16.PROBES)), self._wanted)
-        self._reporter.note(f"backbone in {choice.precision}: {choice.reason}")
+        probes = [] if self._wanted == "float32" else list(self._probes(work, bfloat16.PROBES))
+        choice = bfloat16.choose(model, probes, self._wanted)  # whatever was chosen for the model before
+        if self._wanted != "float32":
+            self._reporter.note(f"backbone in {choice.precision}: {choice.reason}")
         self._precision = choice.precision
         try:
             yield
@@ -255,6 +259,7 @@ class FileScorer:
 def _finished(model: Scorer, steps: Iterator[_Step], min_area: int) -> Iterator[_Step]:
     """The last step of every file, once its images are scored, in batches across files."""
     waiting: deque[_Step] = deque()
+    failed: dict[int, InputError] = {}
 
     def images() -> Iterator[Image]:
         for step in steps:
@@ -264,12 +269,18 @@ def _finished(model: Scorer, steps: Iterator[_Step], min_area: int) -> Iterator[
 
     for image, value, small_map in itertools.chain(model.score_images(images()), [(None, 0.0, None)]):
         while waiting and waiting[0].image is None:
-            yield waiting.popleft()
+            last = waiting.popleft()
+            yield replace(last, error=last.error or failed.pop(last.index, None))
         if image is None or small_map is None:
             break
-        volume = waiting.popleft().volume
-        if volume is not None:
-            volume.add(image, model.finding(image, value, small_map, min_area=min_area), small_map)
+        step = waiting.popleft()
+        if step.volume is not None:
+            try:
+                found = model.finding(image, value, small_map, min_area=min_area)
+            except InputError as error:  # a score that is not finite: this file's, not the run's
+                failed.setdefault(step.index, error)
+            else:
+                step.volume.add(image, found, small_map)
 
 
 def _record(step: _Step) -> FileRecord:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from umiad.manifest import CONFIG, EXPORT, MANIFEST
 from umiad.runtimes import Run, Runtime
 from umiad.scorer import Facts, Scorer, ScoringConfig
 
+BOUND = 1e-4
+"""Largest difference, as a share of a map's range and of an image score, with which a model is exported and loaded."""
 LEAST_RANK, MOST_CHANGED = 0.95, 0.05
 """What 8 bits must keep: the rank correlation of image scores, and how many decisions may change, as a share."""
 
@@ -44,9 +47,10 @@ class Parity(Config):
 
     @property
     def kept(self) -> bool:
-        """Whether the exported model may be used."""
+        """Whether the exported model may be used: within its own bound, which is `BOUND` or less."""
         differing = self.decisions - self.same_decisions - self.ties
-        return self.map_relative <= self.bound and self.score_relative <= self.bound and not differing
+        most = max(self.map_relative, self.score_relative)
+        return most <= self.bound <= BOUND and not differing
 
     def words(self) -> str:
         """The numbers in one sentence."""
@@ -78,9 +82,10 @@ class Loss(Config):
 
     @property
     def kept(self) -> bool:
-        """Whether the model may be used: order and decisions as good as kept (see `LEAST_RANK`, `MOST_CHANGED`)."""
+        """Whether the model may be used: finite differences, order and decisions as `LEAST_RANK`, `MOST_CHANGED`."""
         rank = 1.0 if self.rank_correlation is None else self.rank_correlation
-        return rank >= LEAST_RANK and self.changed <= MOST_CHANGED * self.decisions
+        finite = math.isfinite(self.map_most) and math.isfinite(self.score_most)
+        return finite and rank >= LEAST_RANK and self.changed <= MOST_CHANGED * self.decisions
 
     def words(self) -> str:
         """The numbers in one sentence."""

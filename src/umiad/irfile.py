@@ -25,6 +25,8 @@ _WORDS = """
 """
 LAYERS = frozenset(_WORDS.split())
 """Plain arithmetic: none of them loops, branches, keeps a state or reads anything."""
+ENDS = {"Parameter": 1, "Result": 2}
+"""Layers through which a graph takes images, and gives maps and scores."""
 _OPSET = re.compile(r"opset\d{1,2}")
 _DECLARATION = re.compile(rb"<!\s*(DOCTYPE|ENTITY|\[)", re.IGNORECASE)
 
@@ -50,6 +52,9 @@ def _problems(root: ElementTree.Element, *, held: int) -> Iterator[str]:
         yield f"{len(layers)} layers, expected 1 to {MAX_LAYERS}"
     if any(len(list(layer.iter("layer"))) > 1 or layer.find("body") is not None for layer in layers):
         yield "layers within a layer, expected none"
+    for kind, count in ENDS.items():
+        if (found := sum(layer.get("type") == kind for layer in layers)) != count:
+            yield f"{found} layers {kind!r}, expected {count}"
     for layer in layers:
         kind, version = layer.get("type", ""), layer.get("version", "")
         if kind not in LAYERS or not _OPSET.fullmatch(version):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from umiad.errors import DiskError, InputError
 from umiad.filerecord import FileRecord, Names, by_index
-from umiad.journal import SHARDS, ShardFacts, read_facts, read_records, shard_folder, whole
+from umiad.journal import SHARDS, UNFINISHED, ShardFacts, read_facts, read_records, shard_folder, whole
 from umiad.scorebook import SCORES, Book, Summary
 from umiad.workfolder import FolderLock
 from umiad.worklist import Shard
@@ -29,6 +29,11 @@ def merge_shards(out: Path) -> Summary:
     """
     try:
         shards = _found(out)
+        if (out / UNFINISHED).exists():
+            reason = f"holds {UNFINISHED}: a run of all files there is not finished"
+            raise InputError(
+                out, reason, "wait for it, or go on with --resume, or remove that folder; then merge"
+            )
         lock = FolderLock(out / SHARDS, job="merge")
         lock.acquire()
         try:

@@ -88,7 +88,8 @@ class Mlfeu:
 
     Deviation from Kascenas et al.: squared error and map on all pixels, not on the foreground only (not every image has
     a background); smoothing by a Gaussian in place of a median; the foreground follows each image's own range, and
-    every image's noise is rolled by its own shift.
+    every image's noise is rolled by its own shift; BatchNorm in place of GroupNorm (docs/decisions/0008-mlfeu.md);
+    no eroded mask around the head at scoring; one cosine over all epochs in place of one of 100 epochs.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(

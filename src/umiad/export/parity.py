@@ -17,7 +17,7 @@ from umiad.config import Preprocessing
 from umiad.data import list_images
 from umiad.errors import InputError
 from umiad.evaluation import judge, score_cases, score_test
-from umiad.exported import Loss, Parity
+from umiad.exported import BOUND, Loss, Parity
 from umiad.fitted import FittedModel
 from umiad.fitting import Data, usable_images
 from umiad.phantoms import draw_phantom
@@ -27,9 +27,9 @@ from umiad.runtimes import Run
 from umiad.scorer import Scorer
 from umiad.types import Case, Image
 
-BOUND = 1e-4
-"""Largest difference, as a share of a map's range and of an image score, with which a model is exported."""
 BATCH = 3
+LEAST_OTHERS = 3
+"""Images on which 8 bits are judged, at least: fewer have no spread of scores and no order."""
 MOST_IMAGES = 64
 """Of the images that are named, so many are compared, evenly chosen."""
 PHANTOMS = 12
@@ -63,17 +63,20 @@ def named_images(model: FittedModel, paths: Sequence[str | os.PathLike[str]]) ->
 def measure(
     model: FittedModel, run: Run, images: Sequence[Image], *, source: Literal["images", "phantoms"]
 ) -> Parity:
-    """Score images with both, in batches of 1 and of 3, and compare maps, image scores and decisions."""
+    """Score images with both, in batches of 1 and of 3, and compare maps, image scores and decisions.
+
+    One or two images are in a batch of 3 more than once.
+    """
     preprocessing = model.config.preprocessing
     inputs = np.stack([to_input(image, preprocessing) for image in images])
     sizes = [original_size(image, preprocessing) for image in images]
     rows = []
     for batch in (1, BATCH):
-        for start in range(0, len(images), batch):
-            part = slice(start, start + batch)
-            rows += _differences(
-                model.run(inputs[part], sizes[part]), run(inputs[part]), model.config.calibration
-            )
+        places = [number % len(images) for number in range(max(len(images), batch))]
+        for start in range(0, len(places), batch):
+            chosen = places[start : start + batch]
+            expected = model.run(inputs[chosen], [sizes[place] for place in chosen])
+            rows += _differences(expected, run(inputs[chosen]), model.config.calibration)
     maps, scores, decisions = zip(*rows, strict=True)
     verdicts = [verdict for each in decisions for verdict in each]
     return Parity(
@@ -92,14 +95,15 @@ def measure(
 def others(images: Sequence[Image], seen: Sequence[np.ndarray], preprocessing: Preprocessing) -> list[Image]:
     """Those of `images` that do not look like any of `seen` (preprocessed) to the network.
 
-    Raises InputError where none is left: what was fitted to images cannot be judged on them.
+    Raises InputError where fewer than `LEAST_OTHERS` are left: what was fitted to images cannot be judged on them.
     """
     known = {each.tobytes() for each in seen}
     found = [image for image in images if to_input(image, preprocessing).tobytes() not in known]
-    if not found:
+    if len(found) < LEAST_OTHERS:
         raise InputError(
             images[0].name,
-            "every image to compare on is one whose ranges 8 bits are fitted to, expected others",
+            f"{len(found)} of {len(images)} images to compare on are not among those whose ranges 8 bits are fitted "
+            f"to, expected {LEAST_OTHERS} or more others",
         )
     return found
 
