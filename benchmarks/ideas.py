@@ -9,6 +9,7 @@ All ideas start from the default's fibres (square roots of F1, F2 and F3 on F3's
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from umiad.tuning_folds import Fold, judge_fold, make_folds
 PRIOR, EPSILON, RANK, TOP = 20.0, 0.1, 128, 0.03
 """As in the default."""
 BATCH, TRAINED_EPOCHS, NOISE = 8, 12, 0.3
+PIXELS = 8
+"""Grey values per side of a cell in the views "grey" and "grey mirror"."""
 
 Views = Mapping[str, Tensor]
 """Name of a view of the images -> their fibres [N,P,C]; "plain" and "mirror" always."""
@@ -44,7 +47,7 @@ def gaussian(fitted: Tensor, twins: Tensor) -> Callable[[Tensor], Tensor]:
     """The default's Gaussian per position, without the mirrored view: fibres [N,P,C] -> 0.5 mean u^2, [N,P]."""
     moments = TwinMoments(fitted.double().mean(0), blocks=(fitted.shape[2],))
     moments.add(fitted, twins)
-    flow = AffineFlow(fitted.shape[1], fitted.shape[2], rank=RANK, conditional=False)
+    flow = AffineFlow(fitted.shape[1], fitted.shape[2], rank=min(RANK, fitted.shape[2]), conditional=False)
     flow.fit(moments, prior=PRIOR, epsilon=EPSILON)
     return lambda fibres: 0.5 * flow(fibres, fibres)[0].square().mean(2)
 
@@ -193,8 +196,25 @@ def trained(fitted: Views, tested: Views) -> Tensor:
     return nats(white(tested["plain"]), white(tested["mirror"]))
 
 
+def grey_alone(fitted: Views, tested: Views) -> Tensor:
+    """The Gaussian of the grey values of each cell, in place of descriptors."""
+    return gaussian(fitted["grey"], fitted["grey mirror"])(tested["grey"])
+
+
+def grey_beside(share: float) -> Idea:
+    """`share` of the energy of grey values, the rest of the descriptors'; both are means over their dimensions."""
+
+    def idea(fitted: Views, tested: Views) -> Tensor:
+        return (1 - share) * base(fitted, tested) + share * grey_alone(fitted, tested)
+
+    return idea
+
+
 IDEAS: dict[str, Idea] = {
     "base: position view": base,
+    "grey values of each cell, alone": grey_alone,
+    "grey values beside descriptors, a quarter": grey_beside(0.25),
+    "grey values beside descriptors, half": grey_beside(0.5),
     "condition: mirrored image, trained coupling": trained,
     "condition: descriptor of the whole image": residual(everywhere),
     "condition: ring of neighbours": residual(ring),
@@ -225,16 +245,26 @@ def fibres_of_greys(grey: Tensor, weights: str) -> dict[str, Tensor]:
         detector.prepare((part[:, None].expand(-1, 3, -1, -1) - mean) / std)
         for part in grey.float().split(BATCH)
     ]
+    fibres = torch.cat([each["fibres"] for each in batches])
+    edge = round(fibres.shape[1] ** 0.5)
     return {
-        "plain": torch.cat([each["fibres"] for each in batches]),
+        "plain": fibres,
         "mirror": torch.cat([each["twins"] for each in batches]),
+        "grey": cells_of(grey, edge),
+        "grey mirror": cells_of(grey.flip(-1), edge),
     }
 
 
-def all_views(grey: Tensor, weights: str) -> dict[str, Tensor]:
-    """The fibres of the images and of every altered copy."""
+def cells_of(grey: Tensor, edge: int) -> Tensor:
+    """PIXELS x PIXELS grey values of each of edge x edge cells of images [N,S,S]: [N,edge^2,PIXELS^2]."""
+    small = F.adaptive_avg_pool2d(grey.float()[:, None], edge * PIXELS)
+    return F.unfold(small, PIXELS, stride=PIXELS).transpose(1, 2).contiguous()
+
+
+def all_views(grey: Tensor, weights: str, *, altered: bool) -> dict[str, Tensor]:
+    """The fibres of the images and, where wanted, of every altered copy."""
     views = fibres_of_greys(grey, weights)
-    for name, alter in ALTERED.items():
+    for name, alter in ALTERED.items() if altered else ():
         found = fibres_of_greys(alter(grey), weights)
         views |= {name: found["plain"], f"mirror {name}": found["mirror"]}
     return views
@@ -250,7 +280,7 @@ def judge(fold: Fold, energy: Tensor, size: int) -> dict[str, float | None]:
 
 
 def main() -> None:
-    """Judge every idea on every set that has no result yet."""
+    """Judge every idea on every set, if it has no result there yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -260,7 +290,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     for name in options.sets:
-        if (target := RESULTS / f"ideas-{name}.json").exists():
+        target = RESULTS / f"ideas-{name}.json"
+        known = json.loads(target.read_text(encoding="utf-8")) if target.exists() else {"ideas": {}}
+        wanted = {idea: run for idea, run in IDEAS.items() if idea not in known["ideas"]}
+        if not wanted:
             continue
         dataset, tuning = load_data(options.data / name), TuneOptions()
         with RichReporter(Console(stderr=True)) as reporter:
@@ -268,15 +301,16 @@ def main() -> None:
             entries, cases = split.part("train"), {dataset.name_of(case): case for case in dataset.cases}
             plain = Preprocessing(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
             greys = [to_input(case_image(cases[entry.name]), plain)[0] for entry in entries]
-            views = all_views(torch.from_numpy(np.stack(greys)), options.weights)
-            rows: dict[str, list[dict[str, float | None]]] = {idea: [] for idea in IDEAS}
+            altered = any(idea.startswith("augmentation") for idea in wanted)
+            views = all_views(torch.from_numpy(np.stack(greys)), options.weights, altered=altered)
+            rows: dict[str, list[dict[str, float | None]]] = {idea: [] for idea in wanted}
             for fold in make_folds(entries, greys, tuning):
                 planted = torch.from_numpy(np.stack([each.pixels for each in fold.anomalies]))
                 found = fibres_of_greys(planted, options.weights)
                 tested = {k: torch.cat([views[k][list(fold.held_out)], v]) for k, v in found.items()}
                 fitted = {key: value[list(fold.fitted)] for key, value in views.items()}
-                for done, (idea, run) in enumerate(IDEAS.items()):
-                    reporter.stage(f"ideas, fold {fold.number + 1}", done, len(IDEAS))
+                for done, (idea, run) in enumerate(wanted.items()):
+                    reporter.stage(f"ideas, fold {fold.number + 1}", done, len(wanted))
                     rows[idea].append(judge(fold, run(fitted, tested), len(greys[0])))
         means = {
             idea: {metric: round(float(np.mean([f[metric] for f in folds])), 4) for metric in folds[0]}
@@ -287,9 +321,10 @@ def main() -> None:
             "seed": 0,
             "folds": tuning.folds,
             "per_image": tuning.per_image,
-            "commit": CODE,
+            "commit": known.get("commit", CODE),
         }
-        write(target, {**facts, "ideas": means})
+        later = {**known.get("commits", {}), **dict.fromkeys(wanted, CODE)} if known["ideas"] else {}
+        write(target, {**facts, "commits": later, "ideas": {**known["ideas"], **means}})
 
 
 if __name__ == "__main__":
