@@ -55,6 +55,7 @@ bench: $(VENV)/.exports
 	$(BIN)/python benchmarks/metrics_speed.py
 	$(BIN)/python benchmarks/speed.py --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/scoring_speed.py --weights "$(WEIGHTS)"
+	$(BIN)/python benchmarks/fit_cost.py --weights "$(WEIGHTS)"
 	$(BIN)/python benchmarks/performance.py --data "$(DATA)" --weights "$(WEIGHTS)"
 	[ ! -d "$(DATA)/head_ct" ] || $(BIN)/python benchmarks/compact_features.py --data "$(DATA)" --weights "$(WEIGHTS)"
 	[ ! -d "$(DATA)/head_ct" ] || $(BIN)/python benchmarks/same_scores.py --again --data "$(DATA)" --weights "$(WEIGHTS)"

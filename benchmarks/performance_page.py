@@ -72,6 +72,8 @@ Compiling is measured here and not offered by `umiad score`: it has to gain more
 model is what is faster (Runtimes, below)."""
 RUNTIMES = """Eight arrays of 256 px from Python, by the model and by what `umiad export` makes of it (docs/export.md),
 where the packages of the extras `onnx` and `openvino` are installed."""
+FITS = """Trained detectors, preset default, 100 images of 256 px: minutes of a whole fit, from two epochs and what is
+beside them (`benchmarks/fit_cost.py`). Asked for: at most 15. Closed forms take seconds to a minute."""
 EXPORTED = """Every detector exported for both runtimes and compared with itself on 24 images of busi at 128 px
 (`benchmarks/export_parity.py`; quick fits on 60 normal images). 1e-4 is allowed; beyond it nothing is written."""
 COMPACT = """`umiad fit --compact-features` keeps what the frozen parts yield in float16: half the memory, or disk.
@@ -85,7 +87,7 @@ TRAINING = """One batch of 16 images of the published training (`egmf`, preset `
 STARTUP = """Seconds of a fresh process, files in the system's cache; `import torch` by itself beside them."""
 
 
-LISTS = ("speed_metrics", "compact_features", "same_scores", "export_parity")
+LISTS = ("speed_metrics", "compact_features", "same_scores", "export_parity", "fit_cost")
 NOT_MEASURED = "Not measured yet: `make bench`."
 
 
@@ -101,6 +103,7 @@ def page(
     compact: Sequence[Mapping[str, Any]] = (),
     same: Sequence[Mapping[str, Any]] = (),
     exported: Sequence[Mapping[str, Any]] = (),
+    fits: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Markdown of the whole page; parts that were not measured say so."""
     parts = [HEAD, "## Asked for and reached", _goals(found, metrics)]
@@ -112,7 +115,8 @@ def page(
         JOBS,
         _jobs(found),
     ]
-    parts += ["## A step of training", TRAINING, _training(found), "## Start-up", STARTUP, _startup(found)]
+    parts += ["## A step of training", TRAINING, _training(found), "## Fits", FITS, _fits(fits)]
+    parts += ["## Start-up", STARTUP, _startup(found)]
     parts += ["## Growth", _growth(found)]
     parts += ["## Runtimes", RUNTIMES, _runtimes(found)]
     parts += ["## Exported and compared", EXPORTED, _exported(exported)]
@@ -184,6 +188,27 @@ def _training(found: Mapping[str, Any]) -> str:
     rows = [("part, one batch", "x R1"), *((name, f"{value:.2f}") for name, value in values.items())]
     faster = values["whole step, uncached"] / values["whole step, cached"]
     return f"{_table(rows)}\n\nAn epoch without the cache takes {faster:.2f} times one with it."
+
+
+def _fits(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return "Not measured yet: `benchmarks/fit_cost.py`."
+    keys = (
+        "detector",
+        "minutes",
+        "epochs",
+        "seconds_per_epoch",
+        "seconds_beside",
+        "threads",
+        "weights",
+        "commit",
+    )
+    return _table(
+        [
+            tuple(key.replace("_", " ") for key in keys),
+            *(tuple(str(row[key]) for key in keys) for row in rows),
+        ]
+    )
 
 
 def _startup(found: Mapping[str, Any]) -> str:

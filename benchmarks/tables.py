@@ -31,7 +31,7 @@ from results_store import (
 from studies import PRESET as ABLATION
 from table1 import table1_blocks
 from table2 import table2_blocks
-from table3 import BESIDE, DESIGNS, METHODS, POSGAUSS, best_lines, table3
+from table3 import BESIDE, DESIGNS, EXCEPT, METHODS, best_lines, table3
 from table4 import counted_rows, row_title, table4
 from umiad.charts import training_curves
 from umiad.report import Table, Text, to_markdown
@@ -92,7 +92,7 @@ def _footnote(results: Sequence[Result], seed: int) -> str:
         f"Percent, 95 % bootstrap intervals in brackets; each method's official post-processing; seed {seed}, and mean "
         "with range where several seeds were run (0 to 4 for the closed forms, fitted in seconds to minutes). "
         f"Weights label: {labels}; 256 px; hold-out 0; the paper's training sizes; no test image used for any choice, "
-        f"except that {POSGAUSS} {DESIGNS} "
+        f"{EXCEPT} {DESIGNS} "
         "A dash: no lesion masks, or no map. `size` and `intensity` are confounders, not methods. The common "
         "post-processing, equalised images and the paper's other rows: [docs/results.md](docs/results.md). "
         "Made by `make tables`."

@@ -80,7 +80,7 @@ PAIRED = (
 
 def win_blocks(results: Sequence[Result]) -> list[Block]:
     """Goals, rivals, ranking, ablation, equal sharpness."""
-    what = f"{DESIGNS} This section asks what the default reaches, against whom, and by which of its parts. {POSGAUSS}"
+    what = f"{DESIGNS} This section asks what the default reaches, against whom, and by which of its parts. {POSGAUSS}."
     return [
         Text("The default of egmf", [what]),
         goals(results),

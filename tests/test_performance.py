@@ -140,6 +140,24 @@ def test_what_was_exported_and_what_was_refused_have_their_rows(pages):
     assert "| adfa, quick | onnx | refused: adfa cannot be exported: a search | - | - | w | abc |" in text
 
 
+def test_the_cost_of_a_fit_stands_beside_what_makes_it_up(pages):
+    row = {"detector": "ikd", "minutes": 9.5, "epochs": 60, "seconds_per_epoch": 9.25, "seconds_beside": 15.0}
+    text = pages.page({}, [], fits=[{**row, "threads": 2, "weights": "w", "commit": "abc"}])
+    assert "| ikd | 9.5 | 60 | 9.25 | 15.0 | 2 | w | abc |" in text
+
+
+def test_a_fit_is_timed_by_its_longer_epoch_and_closed_forms_are_not(pages, monkeypatch):
+    import fit_cost
+
+    monkeypatch.setattr(
+        fit_cost.Epochs, "epoch", lambda clock, row: clock.seconds.append(float(row["epoch"]))
+    )
+    assert fit_cost.cost("padim", "random", fit_cost.draw(2)) is None
+    row = fit_cost.cost("fanogan", "random", fit_cost.draw(2))
+    assert (row["epochs"], row["seconds_per_epoch"], row["images"]) == (80, 2.0, 2)
+    assert row["minutes"] == round((80 * 2.0 + row["seconds_beside"]) / 60, 1)
+
+
 def test_a_score_that_changed_ends_with_an_error(pages):
     import same_scores
 
