@@ -69,8 +69,8 @@ class TaughtMedVit(MedVitGaussians):
 
     Presets. "paper": the published constants at 224 px, 100 epochs of "small": many hours on a CPU. "default" is
     meant to fit 100 images of 256 px in minutes on 2 cores: the network "tiny" at 64 px (maps of 8 x 8 cells), 36
-    epochs in batches of 4 images (900 steps), since "small" at 128 px gets through 300 steps in that time and had
-    learnt nothing in the 90 that were tried. "quick": 6 epochs of that.
+    epochs in batches of 4 images (900 steps); "small" at 128 px, for a fifth of the steps in the same time, was no
+    better on anomalies planted in training normals of busi (docs/decisions/0009-medvit.md). "quick": 6 epochs of that.
     """
 
     info: ClassVar[DetectorInfo] = DetectorInfo(
