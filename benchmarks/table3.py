@@ -56,7 +56,8 @@ EXCEPT = (
 )
 DESIGNS = (
     "egmf's preset default is this project's own closed form, preset paper the published network. Its settings were "
-    "chosen on normal images; that it is a Gaussian per position on layer 3 and finer ones follows those probes too."
+    "chosen on the training normals of seed 0 (among which are test normals of seeds 1 to 4); that it is a Gaussian "
+    "per position on layer 3 and finer ones follows those probes too."
 )
 NO_MAP = ("seg_auroc", "seg_ap", "seg_aupro")
 SEED = 0
@@ -164,8 +165,8 @@ def departures(results: Sequence[Result]) -> Text:
         "What all our rows share",
         [
             f"Backbone weights: {labels}; {sizes}; hold-out 0; the paper's training sizes; near-duplicates kept on one "
-            "side of the split; greyscale; one set of features for all; last epoch; no test image used for any choice, "
-            f"{EXCEPT} {DESIGNS} Threads: {threads}; "
+            "side of the split; greyscale; one set of features for all; last epoch; no test image of seed 0 used for a "
+            f"choice, {EXCEPT} {DESIGNS} Threads: {threads}; "
             "another number adds floats in another order, and hundreds of training steps amplify that.",
             "Post-processing 'official' is each method's own; 'common' smooths every map to 4 pixels in all and takes "
             "its maximum as the image score. det_auroc_equalised: every image reduced to 128 px by area averaging and "

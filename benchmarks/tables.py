@@ -14,6 +14,7 @@ from typing import Any
 
 from ablations import ablation_blocks
 from opening import opening
+from operating_point import operating_blocks
 from page import IMAGES, Item, Shown, figures, markdown, write_html
 from proxy_table import ideas_block, proxy_blocks
 from results_store import (
@@ -91,8 +92,8 @@ def _footnote(results: Sequence[Result], seed: int) -> str:
     return (
         f"Percent, 95 % bootstrap intervals in brackets; each method's official post-processing; seed {seed}, and mean "
         "with range where several seeds were run (0 to 4 for the closed forms, fitted in seconds to minutes). "
-        f"Weights label: {labels}; 256 px; hold-out 0; the paper's training sizes; no test image used for any choice, "
-        f"{EXCEPT} {DESIGNS} "
+        f"Weights label: {labels}; 256 px; hold-out 0; the paper's training sizes; no test image of seed 0 used for a "
+        f"choice, {EXCEPT} {DESIGNS} "
         "A dash: no lesion masks, or no map. `size` and `intensity` are confounders, not methods. The common "
         "post-processing, equalised images and the paper's other rows: [docs/results.md](docs/results.md). "
         "Made by `make tables`."
@@ -117,6 +118,7 @@ def results_items(results: Sequence[Result], rows: list[dict[str, Any]] | None =
         *table3(others),
         *table4(rows),
         *ablation_blocks(results),
+        *operating_blocks(others),
         *default_items(others),
         *figures(),
     ]

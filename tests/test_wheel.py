@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -18,6 +19,15 @@ model = umiad.fit(umiad.build("egmf", preset="paper", weights="random", size=64,
                               settings={"blocks": 1, "training": {"epochs": 1}}), stack, out="model")
 print(json.dumps({"file": umiad.__file__, "score": umiad.load("model").score(stack[0])[0].image_score}))
 """
+
+
+def test_what_scoring_without_torch_needs_is_a_part_of_what_umiad_needs():
+    facts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    known = {*facts["dependencies"], *facts["optional-dependencies"]["onnx"]}
+    lines = (ROOT / "requirements-scoring.txt").read_text(encoding="utf-8").splitlines()
+    wanted = {line for line in lines if line and not line.startswith("#")}
+    assert wanted <= known
+    assert not any(line.startswith(("torch", "lightning", "FrEIA")) for line in wanted)
 
 
 @pytest.mark.slow

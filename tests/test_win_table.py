@@ -293,6 +293,21 @@ def test_the_proxy_is_judged_by_its_ranks(proxy, tmp_path):
     assert "no results yet" in table.caption
 
 
+def test_the_operating_point_is_that_of_runs_with_a_hold_out(win):
+    from operating_point import operating_blocks
+
+    assert "foundation.toml" in operating_blocks([run()])[0].paragraphs[0]
+    kept = run(variant="holdout") | {"n_train": 71, "n_holdout": 19, "weights": "w", "commit": "abc"}
+    kept["counts"] = {"n_normal": 10, "n_abnormal": 100}
+    figures = {"det_sensitivity": 0.75, "det_specificity": 0.9}
+    kept["metrics"] |= {key: {"value": value, "ci95": [0.5, 1.0]} for key, value in figures.items()}
+    [table] = operating_blocks([run(), kept])
+    [line] = table.rows
+    assert line[2] == "71 + 19"
+    assert line[4:6] == ("75.0 [50.0, 100.0]", "90.0 [50.0, 100.0]")
+    assert line[-1] == "w, abc"
+
+
 def test_ideas_are_shown_as_differences_to_the_first(proxy, tmp_path):
     assert "ideas.py" in proxy.ideas_block().paragraphs[0]
     figures = {"det_auroc": 0.6, "seg_auroc": 0.7, "seg_aupro": 0.5}

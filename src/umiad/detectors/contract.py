@@ -17,7 +17,8 @@ from umiad.types import Scores
 class DetectorInfo:
     """Facts about a detector, or about one of its designs, that do not depend on other settings.
 
-    `fidelity` "paper" = the published method, "adapted" = no one-class detector in its own paper.
+    `fidelity` "paper" = the published method, "adapted" = no one-class detector in its own paper, "own" = a design
+    of this project, whatever it goes back to.
     `closed_form` detectors collect statistics and finish; they have no gradients and no epochs. `uses_seed`,
     `uses_pixels`, `uses_size`: whether another seed, what is in the image, and the size of its file can change a
     score; `localises`: whether the map says more than the image score; `uses_backbone`: whether weights matter.
@@ -28,7 +29,7 @@ class DetectorInfo:
     name: str
     summary: str
     reference: str
-    fidelity: Literal["paper", "adapted"] = "paper"
+    fidelity: Literal["paper", "adapted", "own"] = "paper"
     closed_form: bool = False
     deterministic: bool = True
     localises: bool = True

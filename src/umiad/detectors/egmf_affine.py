@@ -111,6 +111,7 @@ class AffineEGMF:
         name="egmf",
         summary="edge guidance into deep features, conditional flows, scales fused into one exact density",
         reference="UMIAD-EGMF, VCIBA 2026, doi:10.1186/s42492-026-00215-3; default: our affine flows",
+        fidelity="own",
         closed_form=True,
         supports_resume=False,
     )

@@ -194,6 +194,7 @@ class PosGauss:
         name="posgauss",
         summary="one low-rank Gaussian per position on all channels of layer 3",
         reference="low-rank form of PaDiM's Gaussian (Defard et al., ICPR 2021, arXiv:2011.08785), ours",
+        fidelity="own",
         closed_form=True,
         supports_resume=False,
     )
