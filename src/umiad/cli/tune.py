@@ -37,7 +37,11 @@ def tune(
         ),
     ] = None,
     detector: Annotated[
-        str | None, typer.Option("--detector", help="Without a file: whose presets (default: egmf).")
+        str | None,
+        typer.Option(
+            "--detector",
+            help="Without a file: whose presets (default: egmf, whose preset paper trains for long).",
+        ),
     ] = None,
     preset: Annotated[
         str | None,
