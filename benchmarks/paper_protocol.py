@@ -34,6 +34,7 @@ from remember import remember
 from umiad import sam
 from umiad.api import FitOptions, FittedModel, build, fit
 from umiad.bootstrap import resample_scores
+from umiad.calibration import fit_calibration
 from umiad.config import canonical_json
 from umiad.data import DataSet, load_data
 from umiad.detectors.contract import Detector
@@ -41,6 +42,7 @@ from umiad.duplicates import case_sha256
 from umiad.evaluation import ScoredTest, score_cases, score_test
 from umiad.parameters import count
 from umiad.progress import RichReporter
+from umiad.splits import Part
 
 RESULTS = Path(__file__).parent / "results"
 FPR, RESAMPLES = 0.05, 1000
@@ -176,21 +178,28 @@ class Judged:
 def judge_twice(
     model: FittedModel, dataset: DataSet, reporter: RichReporter, *, n_resamples: int = RESAMPLES
 ) -> Judged:
-    """Score the fitted normals (for thresholds) and the test part, and judge both post-processings."""
+    """Score normals (for thresholds) and the test part, and judge both post-processings.
+
+    Thresholds come from the held-out normals, as a fit sets them; without a hold-out from the fitted ones.
+    """
     started = time.monotonic()
     test = score_test(model, dataset, reporter=reporter)
     seconds = time.monotonic() - started
-    sigma, fitted = model.detector.config.sigma, fitted_normals(model, dataset)
+    sigma, held_out = model.detector.config.sigma, bool(model.split.part("holdout"))
+    known = normals_of(model, dataset, "holdout" if held_out else "train")
     metrics, thresholds, scores = {}, {}, {}
     for name, each, normals in (
-        ("official", test, fitted),
-        ("common", test.common(smoothed=sigma), fitted.common(smoothed=sigma)),
+        ("official", test, known),
+        ("common", test.common(smoothed=sigma), known.common(smoothed=sigma)),
     ):
         reporter.stage(f"metrics, {name}", 0, 1)
-        limits = {
-            "image_threshold": quantile(normals.image_scores),
-            "map_threshold": quantile(normals.maps.reshape(len(normals.maps), -1).max(axis=1)),
-        }
+        peaks = normals.maps.reshape(len(normals.maps), -1).max(axis=1)
+        limits = {"image_threshold": quantile(normals.image_scores), "map_threshold": quantile(peaks)}
+        rule = THRESHOLD_RULE
+        if held_out:
+            set_ = fit_calibration(normals.image_scores.tolist(), peaks.tolist(), fpr=FPR, source="holdout")
+            limits = {"image_threshold": set_.image_threshold, "map_threshold": set_.map_threshold}
+            rule = set_.rule
         found, _ = resample_scores(
             each.image_scores,
             each.labels,
@@ -200,18 +209,18 @@ def judge_twice(
             n_resamples=n_resamples,
             **limits,
         )
-        metrics[name], thresholds[name] = found, {**limits, "threshold_rule": THRESHOLD_RULE}
+        metrics[name], thresholds[name] = found, {**limits, "threshold_rule": rule}
         scores[name] = [float(f"{score:.6g}") for score in each.image_scores]
         reporter.stage(f"metrics, {name}", 1, 1)
     return Judged(test, metrics, thresholds, scores, seconds)
 
 
-def fitted_normals(model: FittedModel, dataset: DataSet) -> ScoredTest:
-    """The images the model was fitted on, scored like the test part."""
-    wanted = set(model.split.hashes("train"))
+def normals_of(model: FittedModel, dataset: DataSet, part: Part) -> ScoredTest:
+    """The normal images that the model was fitted on, or that were held out, scored like the test part."""
+    wanted = set(model.split.hashes(part))
     cases = tuple(case for case in dataset.cases if case_sha256(case) in wanted)
     scores, maps, masks = score_cases(model, cases)
-    return ScoredTest(cases, ("",) * len(cases), "fitted normal images", (), scores, maps, masks)
+    return ScoredTest(cases, ("",) * len(cases), f"normal images, {part}", (), scores, maps, masks)
 
 
 def quantile(scores: Sequence[float] | np.ndarray) -> float:

@@ -124,6 +124,24 @@ def test_an_equalised_run_is_a_variant_of_its_own(scripts, tmp_path, monkeypatch
     assert scripts.store.cell(equalised["metrics"]["det_auroc"]) == row[8]
 
 
+def test_with_a_hold_out_thresholds_are_those_of_the_fitted_model(scripts, tmp_path, monkeypatch, result):
+    set_ = []
+    fit = scripts.protocol.fit
+
+    def noted(*given, **options):
+        set_.append(fit(*given, **options))
+        return set_[-1]
+
+    monkeypatch.setattr(scripts.protocol, "fit", noted)
+    write_list(tmp_path / "runs.toml", more='variant = "holdout"\nholdout = 0.3\n')
+    run(scripts, monkeypatch, tmp_path)
+    [record] = [r for r in scripts.store.load_results() if r["variant"] == "holdout"]
+    found, calibration = record["thresholds"]["official"], set_[0].config.calibration
+    assert found["image_threshold"] == pytest.approx(calibration.image_threshold, rel=1e-5)
+    assert found["map_threshold"] == pytest.approx(calibration.map_threshold, rel=1e-5)
+    assert found["threshold_rule"] == calibration.rule
+
+
 def test_two_results_for_one_seed_are_an_error(scripts, result):
     (result.parent / "copy.json").write_text(result.read_text())
     with pytest.raises(SystemExit, match="two results for one seed"):
