@@ -16,7 +16,8 @@ MAX_LAYERS = 50_000
 _WORDS = """
     Abs Add Atan AvgPool BatchNormInference Broadcast Ceiling Clamp Concat Const Convert ConvertLike Convolution
     ConvolutionBackpropData CumSum DepthToSpace Divide Einsum Elu Equal Erf Exp Floor FloorMod Gather
-    GatherElements GatherND Gelu Greater GreaterEqual GroupConvolution HSigmoid HSwish Interpolate Less LessEqual Log LogSoftmax
+    GatherElements GatherND Gelu Greater GreaterEqual GroupConvolution HSigmoid HSwish HardSigmoid
+    Interpolate Less LessEqual Log LogSoftmax
     LogicalAnd LogicalNot LogicalOr MVN MatMul MaxPool Maximum Minimum Mod Multiply Negative NormalizeL2
     NotEqual PReLU Pad Parameter Power Range ReLU ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd
     ReduceSum Reshape Result Round ScatterElementsUpdate ScatterNDUpdate ScatterUpdate Select ShapeOf Sigmoid
