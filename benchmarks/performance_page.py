@@ -9,7 +9,7 @@ python benchmarks/performance_page.py
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,22 +107,35 @@ def page(
 ) -> str:
     """Markdown of the whole page; parts that were not measured say so."""
     parts = [HEAD, "## Asked for and reached", _goals(found, metrics)]
-    parts += ["## The backbone, in other ways", BACKBONE, _backbone(found)]
+    parts += ["## The backbone, in other ways", BACKBONE, _part(found, "backbone", _backbone)]
     parts += [
         "## Stages of scoring",
-        _stages(found),
+        _part(found, "stages", _stages),
         "## Stages of a fit and of an evaluation",
         JOBS,
-        _jobs(found),
+        _part(found, "jobs", _jobs),
     ]
-    parts += ["## A step of training", TRAINING, _training(found), "## Fits", FITS, _fits(fits)]
-    parts += ["## Start-up", STARTUP, _startup(found)]
-    parts += ["## Growth", _growth(found)]
-    parts += ["## Runtimes", RUNTIMES, _runtimes(found)]
+    parts += [
+        "## A step of training",
+        TRAINING,
+        _part(found, "training", _training),
+        "## Fits",
+        FITS,
+        _fits(fits),
+    ]
+    parts += ["## Start-up", STARTUP, _part(found, "startup", _startup)]
+    parts += ["## Growth", _part(found, "growth", _growth)]
+    parts += ["## Runtimes", RUNTIMES, _part(found, "runtimes", _runtimes)]
     parts += ["## Exported and compared", EXPORTED, _exported(exported)]
     parts += ["## Same scores", SAME, _same(same)]
     parts += ["## Compact features", COMPACT, _compact(compact), "## How it was measured"]
     return "\n\n".join([*parts, _facts(found)]) + "\n"
+
+
+def _part(found: Mapping[str, Any], name: str, shown: Callable[[Mapping[str, Any]], str]) -> str:
+    """A part as `shown` writes it, or that it was not measured."""
+    values = found.get(name, {}).get("values")
+    return NOT_MEASURED if values is None else shown(values)
 
 
 def _goals(found: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
@@ -146,10 +159,7 @@ def _goals(found: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> st
     return _table(rows)
 
 
-def _backbone(found: Mapping[str, Any]) -> str:
-    values = found.get("backbone", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _backbone(values: Mapping[str, Any]) -> str:
     counts = [key for key in values if key.isdigit()]
     rows = [("form", *(f"x R1, batch of {count}" for count in counts))]
     rows += [(name, *(f"{values[count][name]:.2f}" for count in counts)) for name in values[counts[0]]]
@@ -157,10 +167,7 @@ def _backbone(found: Mapping[str, Any]) -> str:
     return f"{_table(rows)}\n\nCompiling took {', '.join(compiling) or 'no time: there is no C++ compiler'}."
 
 
-def _stages(found: Mapping[str, Any]) -> str:
-    values = found.get("stages", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _stages(values: Mapping[str, Any]) -> str:
     rows = [
         ("stage, one image", "x R1"),
         *((name, f"{value:.2f}") for name, value in values.items() if name != "r2"),
@@ -169,10 +176,7 @@ def _stages(found: Mapping[str, Any]) -> str:
     return f"{_table(rows)}\n\n{note}"
 
 
-def _jobs(found: Mapping[str, Any]) -> str:
-    values = found.get("jobs", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _jobs(values: Mapping[str, Any]) -> str:
     rows = [("job", "images", "seconds", "stage", "share")]
     for name, each in values.items():
         stages = sorted(each["shares"].items(), key=lambda pair: -pair[1])
@@ -181,10 +185,7 @@ def _jobs(found: Mapping[str, Any]) -> str:
     return _table(rows)
 
 
-def _training(found: Mapping[str, Any]) -> str:
-    values = found.get("training", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _training(values: Mapping[str, Any]) -> str:
     rows = [("part, one batch", "x R1"), *((name, f"{value:.2f}") for name, value in values.items())]
     faster = values["whole step, uncached"] / values["whole step, cached"]
     return f"{_table(rows)}\n\nAn epoch without the cache takes {faster:.2f} times one with it."
@@ -211,17 +212,11 @@ def _fits(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _startup(found: Mapping[str, Any]) -> str:
-    values = found.get("startup", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _startup(values: Mapping[str, Any]) -> str:
     return _table([("process", "seconds"), *((name, f"{value:.2f}") for name, value in values.items())])
 
 
-def _growth(found: Mapping[str, Any]) -> str:
-    values = found.get("growth", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _growth(values: Mapping[str, Any]) -> str:
     rows = [("number of", "from", "to", "cost of the largest, smallest = 1", "exponent")]
     for name, law in values.items():
         points = _points(law)
@@ -235,10 +230,7 @@ def _points(law: Mapping[str, Any]) -> list[tuple[int, float]]:
     return sorted((int(number), cost) for number, cost in law["points"].items())
 
 
-def _runtimes(found: Mapping[str, Any]) -> str:
-    values = found.get("runtimes", {}).get("values")
-    if values is None:
-        return NOT_MEASURED
+def _runtimes(values: Mapping[str, Any]) -> str:
     shown = {name: value for name, value in values.items() if name != "r2"}
     rows = [(name, f"{value:.2f}", f"{value / shown['torch']:.2f}") for name, value in shown.items()]
     return _table([("scored by", "x R1", "x torch"), *rows])
