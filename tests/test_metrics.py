@@ -207,6 +207,19 @@ def test_aupro_equals_the_slow_definition(levels, limit):
     )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("levels", [0, 1, 4])
+def test_a_ranking_is_the_same_to_the_last_bit_in_any_order_of_the_images(dtype, levels, monkeypatch):
+    maps, masks = pixels(3, levels=levels, shape=(9, 12, 14))
+    maps = maps.astype(dtype)
+    expected = metrics.rank_pixels(maps, masks)
+    monkeypatch.setattr(metrics, "BLOCK", 7)
+    order = np.random.default_rng(0).permutation(len(maps))
+    found = metrics.rank_pixels(maps[order], masks[order])
+    for name in ("scores", "hits", "above", "at_least", "overlap", "grid"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 @settings(max_examples=60)
 @given(st.data())
 def test_aupro_equals_the_slow_definition_on_small_maps(data):

@@ -12,8 +12,9 @@ from scipy import ndimage
 
 from umiad import metrics, pixel_slabs, streamed_metrics
 from umiad.errors import ConfigError, InputError
-from umiad.pixel_slabs import PixelSlabs, Slab, Tie, keys_of, scores_of
+from umiad.pixel_slabs import PixelSlabs, Slab, Tie
 from umiad.regions import region_weights
+from umiad.score_order import keys_of, scores_of
 from umiad.streamed_metrics import summarise_pixels
 
 EXACT = 1e-12  # the same integer counts; sums of float64 terms in another order

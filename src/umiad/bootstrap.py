@@ -11,6 +11,8 @@ sets are streamed (`umiad.streamed_metrics`), with the same results and no copy,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from umiad.errors import ConfigError, InputError
 from umiad.metrics import (
     FPR_LIMIT,
+    THREADS,
     Array,
     Measure,
     as_array,
@@ -278,14 +281,18 @@ def image_curve(anomaly_map: Array, mask: NDArray[np.bool_], grid: Array) -> tup
 
 def _curve_draws(pixels: PixelSet, grid: Array, weights: Array) -> Draws:
     """Resampled metrics without threshold, from weighted sums of the images' curves."""
-    totals = np.zeros((len(weights), 3 * len(grid)))
+    from scipy.linalg.blas import dgemm
+
+    totals = np.zeros((len(weights), 3 * len(grid))).T  # column-major, as BLAS adds to it in place
     regions = np.zeros(len(weights))
-    for rows, part in zip(_chunks(len(pixels), IMAGES_AT_ONCE), pixels.parts(), strict=True):
-        pairs = zip(*part, strict=True)
-        curves, counts = zip(*(image_curve(each, mask, grid) for each, mask in pairs), strict=True)
-        totals += weights[:, rows] @ np.stack(curves).reshape(len(curves), -1)
-        regions += weights[:, rows] @ np.array(counts, dtype=float)
-    shaped = totals.reshape(len(weights), 3, len(grid))
+    with ThreadPoolExecutor(THREADS) as pool:
+        for rows, part in zip(_chunks(len(pixels), IMAGES_AT_ONCE), pixels.parts(), strict=True):
+            found = pool.map(partial(image_curve, grid=grid), *part)
+            curves, counts = zip(*found, strict=True)
+            each = np.stack(curves).reshape(len(curves), -1)
+            totals = dgemm(1.0, each.T, weights[:, rows].T, beta=1.0, c=totals, overwrite_c=True)
+            regions += weights[:, rows] @ np.array(counts, dtype=float)
+    shaped = totals.T.reshape(len(weights), 3, len(grid))
     return _joined(
         [_summary(shaped[rows], regions[rows]) for rows in _chunks(len(weights), RESAMPLES_AT_ONCE)]
     )

@@ -12,6 +12,7 @@ scores carry the exact curves, at a fraction of the memory that sorting indices 
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from umiad.errors import ConfigError, InputError, UmiadError
-from umiad.regions import region_weights
+from umiad.regions import region_areas
+from umiad.score_order import descending, keys_of, scores_of
 
 Array = NDArray[Any]
 Curve = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -28,6 +30,10 @@ FPR_LIMIT = 0.3
 """AUPRO integrates up to this false-positive rate (Bergmann et al., 2020)."""
 CURVE_POINTS = 1000
 """A curve for drawing has at most this many points."""
+THREADS = 2
+"""Parts that are copied, sorted and counted side by side; NumPy lets other threads run meanwhile."""
+BLOCK = 1 << 17
+"""Scores whose places among the negatives are looked for together."""
 GRID_NEGATIVE, GRID_POSITIVE = 4096, 2048
 """Quantile thresholds kept for the bootstrap, from the normal and from the abnormal pixels."""
 
@@ -123,32 +129,71 @@ def rank_pixels(maps: Any, masks: Any) -> Ranking:
     NaN, or masks that are not binary.
     """
     maps, masks = checked(maps, masks, ndim=3, name="anomaly maps and masks")
-    found = [region_weights(mask) for mask in masks]
-    weights = np.concatenate([weight for weight, _ in found]) if found else np.zeros(0)
-    weights /= max(1, sum(count for _, count in found))
-    return _rank(maps[~masks], maps[masks], weights)
+    hits = np.cumsum([np.count_nonzero(mask) for mask in masks], dtype=np.int64)
+    n_positive = int(hits[-1]) if len(hits) else 0
+    positive, negative = np.empty(n_positive, maps.dtype), np.empty(maps.size - n_positive, maps.dtype)
+    areas = np.empty(n_positive, dtype=np.uint32)
+
+    def take(rows: range) -> int:
+        """Copy the pixels of some images to their places; the number of their regions."""
+        n_regions = 0
+        for row in rows:
+            mask, stop = masks[row], int(hits[row])
+            start = stop - int(np.count_nonzero(mask))
+            positive[start:stop] = maps[row][mask]
+            negative[row * mask.size - start : (row + 1) * mask.size - stop] = maps[row][~mask]
+            areas[start:stop], count = region_areas(mask)
+            n_regions += count
+        return n_regions
+
+    middle = len(maps) // 2
+    with ThreadPoolExecutor(THREADS) as pool:
+        counts = list(pool.map(take, (range(middle), range(middle, len(maps)))))
+    return _rank(negative, positive, areas, sum(counts))
 
 
-def _rank(negative: Array, positive: Array, weights: NDArray[np.float64]) -> Ranking:
-    """Rank scores; `negative` is sorted in place; `weights` of the positives sum to 1."""
-    negative.sort()
-    order = np.argsort(positive)[::-1]
-    positive = positive[order]
-    last = np.flatnonzero(np.append(positive[1:] != positive[:-1], np.ones(min(1, len(positive)), bool)))
-    scores = positive[last]
-    ascending = scores[::-1]
+def _rank(negative: Array, positive: Array, areas: NDArray[np.uint32], n_regions: int) -> Ranking:
+    """Rank scores; all arrays are sorted in place; `areas`: pixels in the region of each positive."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        sorting = pool.submit(negative.sort)
+        keys, areas = descending(keys_of(positive), areas)
+        last = np.flatnonzero(np.append(keys[1:] != keys[:-1], np.ones(min(1, len(keys)), bool)))
+        scores = scores_of(keys[last])
+        overlap = 1.0 / areas
+        np.cumsum(overlap, out=overlap)
+        overlap = overlap[last] / max(1, n_regions)
+        sorting.result()
+        above, at_least = np.empty((2, len(scores)), dtype=np.int64)
+
+        def place(start: int) -> None:
+            """Count the negatives above, and at least at, a block of scores."""
+            block = slice(start, start + BLOCK)
+            above[block], at_least[block] = _passed(negative, scores[block])
+
+        list(pool.map(place, range(0, len(scores), BLOCK)))
     return Ranking(
         scores=scores,
         hits=last + 1,
-        above=len(negative) - np.searchsorted(negative, ascending, side="right")[::-1],
-        at_least=len(negative) - np.searchsorted(negative, ascending, side="left")[::-1],
-        overlap=np.cumsum(weights[order])[last],
+        above=above,
+        at_least=at_least,
+        overlap=overlap,
         n_negative=len(negative),
         grid=np.union1d(
             negative[quantile_ranks(len(negative), GRID_NEGATIVE)],
-            positive[::-1][quantile_ranks(len(positive), GRID_POSITIVE)],
+            scores_of(keys[::-1][quantile_ranks(len(keys), GRID_POSITIVE)]),
         ),
     )
+
+
+def _passed(negative: Array, scores: Array) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of negatives (ascending) strictly above, and at least at, each of the falling `scores`."""
+    ascending = scores[::-1]
+    upto = np.searchsorted(negative, ascending, side="right")
+    below = upto.copy()
+    tied = np.flatnonzero(upto)
+    tied = tied[negative[upto[tied] - 1] == ascending[tied]]
+    below[tied] = np.searchsorted(negative, ascending[tied], side="left")
+    return (len(negative) - upto)[::-1], (len(negative) - below)[::-1]
 
 
 def quantile_ranks(total: int, count: int) -> NDArray[np.int64]:
@@ -281,7 +326,7 @@ def roc_points(scores: Any, labels: Any) -> Curve:
 def _rank_alone(scores: Array, truth: NDArray[np.bool_]) -> Ranking:
     """Rank without regions: every positive weighs the same."""
     positive = scores[truth]
-    return _rank(scores[~truth], positive, np.full(len(positive), 1.0 / max(1, len(positive))))
+    return _rank(scores[~truth], positive, np.full(len(positive), len(positive), dtype=np.uint32), 1)
 
 
 def seg_auroc(maps: Any, masks: Any) -> float:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from umiad.errors import ConfigError, InputError
 from umiad.metrics import Array, checked
 from umiad.regions import region_areas
+from umiad.score_order import descending, keys_of
 
 Chunks = Sequence[tuple[Any, Any]] | Callable[[], Iterable[tuple[Any, Any]]]
 """Pairs of maps [n,H,W] and masks [n,H,W]: a sequence, or a function whose every call starts from the first."""
@@ -56,21 +57,6 @@ class Tie:
     key: Array
     n_negative: int
     areas: NDArray[np.int64]
-
-
-def keys_of(scores: Array) -> Array:
-    """float32 (float64) scores -> uint32 (uint64) in the same order; -0.0 and 0.0 have one key."""
-    bits = scores.dtype.itemsize * 8
-    signed = (scores + scores.dtype.type(0)).view(f"i{bits // 8}")  # -0.0 + 0.0 is 0.0
-    flip = (signed >> (bits - 1)).view(f"u{bits // 8}") | np.array(1 << (bits - 1), f"u{bits // 8}")
-    return signed.view(flip.dtype) ^ flip
-
-
-def scores_of(keys: Array) -> Array:
-    """The scores of keys: the inverse of `keys_of`."""
-    bits = keys.dtype.itemsize * 8
-    top, one = np.array(1 << (bits - 1), keys.dtype), np.array(1, keys.dtype)
-    return (keys ^ ((keys >> np.array(bits - 1, keys.dtype)) - one | top)).view(f"f{bits // 8}")
 
 
 class PixelSlabs:
@@ -204,7 +190,7 @@ class PixelSlabs:
             below, above = found
         self._compare((below, above), (n_negative, n_positive))
         negative.sort()
-        return Slab(negative, *_descending(positive, areas))
+        return Slab(negative, *descending(positive, areas))
 
     def _tie(self, key: int, n_negative: int, n_positive: int) -> Tie:
         negative, areas = 0, np.zeros(1, dtype=np.int64)
@@ -233,18 +219,3 @@ def add_counts(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[n
     longer = longer.copy()
     longer[: len(shorter)] += shorter
     return longer
-
-
-def _descending(positive: Array, areas: NDArray[np.uint32]) -> tuple[Array, NDArray[np.uint32]]:
-    """Keys by falling order with their areas; keys of 4 bytes are sorted in place, packed with the areas."""
-    if positive.dtype.itemsize == 8:
-        order = np.argsort(positive)[::-1]
-        return positive[order], areas[order]
-    packed = positive.astype(np.uint64)
-    packed <<= np.uint64(32)
-    packed |= areas
-    packed.sort()
-    areas[:] = packed[::-1] & np.uint64(0xFFFFFFFF)
-    packed >>= np.uint64(32)
-    positive[:] = packed[::-1]
-    return positive, areas

@@ -27,7 +27,8 @@ from umiad.metrics import (
     quantile_ranks,
     require_both,
 )
-from umiad.pixel_slabs import Chunks, PixelSlabs, Slab, Tie, Totals, add_counts, scores_of
+from umiad.pixel_slabs import Chunks, PixelSlabs, Slab, Tie, Totals, add_counts
+from umiad.score_order import scores_of
 
 MAPS_AT_ONCE = 1 << 28
 """Bytes of maps that are ranked at once (1024 of 256 x 256 in float32); more are streamed."""
