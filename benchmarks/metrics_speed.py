@@ -2,7 +2,7 @@
 
     python benchmarks/metrics_speed.py [exact] [bootstrap] [streamed]
 
-Each task runs in fresh processes; the best time of three, the peak memory of the whole process (maps and
+Each task runs in fresh processes; the median of three, the peak memory of the whole process (maps and
 masks included). `streamed` runs once: 10,000 maps, made anew a few at a time in each reading. Writes
 benchmarks/results/speed_metrics.json; tasks that are not named keep their figures.
 """

@@ -185,7 +185,7 @@ def ratios(seconds: dict[str, float]) -> dict[str, float]:
 def folder(bench: Bench, turns: int) -> dict[str, float]:
     """Scoring the whole folder, without and with pictures and maps, as multiples of R1 on as many images.
 
-    By a model that is loaded, and by the command `umiad score` from its start.
+    By a model that is loaded, and by the command `umiad score` from its start; both also by an export to ONNX.
     """
     sample = torch.from_numpy(
         np.stack(
@@ -195,24 +195,25 @@ def folder(bench: Bench, turns: int) -> dict[str, float]:
     count = len(bench.files) // BATCH_SIZE * BATCH_SIZE
     images = sample.repeat(count // BATCH_SIZE, 1, 1, 1)
 
-    def score(outputs: batch.Outputs) -> Callable[[], object]:
-        return lambda: batch.score_files(
-            bench.model, bench.files[:count], bench.folder / "out", outputs=outputs
-        )
+    def score(outputs: batch.Outputs, scorer: Scorer = bench.model) -> Callable[[], object]:
+        return lambda: batch.score_files(scorer, bench.files[:count], bench.folder / "out", outputs=outputs)
 
     model, files = saved(bench), [str(file) for file in bench.files[:count]]
     plain = ("--pictures", "none", "--maps", "none")
     words = ("score", str(model), *files, "--out", str(bench.folder / "out"), *plain)
-    found = alternate(
-        {
-            **bench.references.calls(images),
-            "nothing written": score(batch.Outputs(pictures="none", maps="none")),
-            "maps and pictures": score(batch.Outputs()),
-            "command, nothing written": command(*words),
-        },
-        repeats=turns,
-    )
-    return {"images": count, **ratios(found)}
+    nothing = batch.Outputs(pictures="none", maps="none")
+    calls = {
+        "nothing written": score(nothing),
+        "maps and pictures": score(batch.Outputs()),
+        "command, nothing written": command(*words),
+    }
+    if (export := exported_to_onnx(bench)) is not None:
+        calls["export, nothing written"] = score(nothing, exported.load(export))
+        calls["export, command"] = command("score", str(export), *words[2:])
+    return {
+        "images": count,
+        **ratios(alternate({**bench.references.calls(images), **calls}, repeats=turns)),
+    }
 
 
 def saved(bench: Bench) -> Path:
@@ -223,28 +224,43 @@ def saved(bench: Bench) -> Path:
     return model
 
 
+def exported_to_onnx(bench: Bench) -> Path | None:
+    """The folder of the bench's model as an ONNX graph; None where the packages for that are not installed."""
+    target = bench.folder / "onnx"
+    try:
+        if not target.exists():
+            export_model(bench.model, target, to="onnx")
+        exported.load(target)
+    except MissingExtraError as error:
+        print(f"export: not measured, {error}")
+        return None
+    return target
+
+
 def command(*words: str) -> Callable[[], object]:
     """A call of `umiad` in a fresh process, which must end without complaint."""
     return lambda: subprocess.run([sys.executable, "-m", "umiad", *words], capture_output=True, check=True)
 
 
 def arrays(bench: Bench, turns: int) -> dict[str, float]:
-    """`model.score` on arrays of 256 px, one and eight, as multiples of R1 and R2; and by preset "quick"."""
+    """`score` of one and of eight arrays of 256 px, over R1 and R2; by preset "quick" and by an export, over R1."""
     found, quick = {}, bench.fit(bench.inputs(256, 32), preset="quick")
+    export = exported_to_onnx(bench)
+    graph = None if export is None else exported.load(export)
     for count in (1, 8):
         images = bench.inputs(256, count)
         tensors = clean_images(count, size=256)
-        seconds = alternate(
-            {
-                **bench.references.calls(tensors),
-                "score": functools.partial(bench.model.score, images),
-                "quick": functools.partial(quick.score, images),
-            },
-            repeats=3 * turns,
-        )
+        calls = {
+            "score": functools.partial(bench.model.score, images),
+            "quick": functools.partial(quick.score, images),
+        }
+        if graph is not None:
+            calls["export"] = functools.partial(graph.score, images)
+        seconds = alternate({**bench.references.calls(tensors), **calls}, repeats=3 * turns)
         found[f"{count}, over r1"] = round(seconds["score"] / seconds["r1"], 4)
         found[f"{count}, over r2"] = round(seconds["score"] / seconds["r2"], 4)
-        found[f"{count}, quick, over r1"] = round(seconds["quick"] / seconds["r1"], 4)
+        for name in calls.keys() - {"score"}:
+            found[f"{count}, {name}, over r1"] = round(seconds[name] / seconds["r1"], 4)
     return found
 
 
@@ -262,16 +278,15 @@ def fitting(bench: Bench, turns: int) -> dict[str, float]:
 
 def startup(bench: Bench, turns: int) -> dict[str, float]:
     """Seconds of `umiad --help` and of scoring one image, each in a fresh process, files in the system's cache."""
-    one = ("score", str(saved(bench)), str(bench.files[0]), "--out", str(bench.folder / "one"))
-    found = alternate(
-        {
-            "help": command("--help"),
-            "score one image": command(*one),
-            "import torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
-        },
-        repeats=turns,
-    )
-    return {name: round(value, 3) for name, value in found.items()}
+    one = (str(bench.files[0]), "--out", str(bench.folder / "one"))
+    calls = {
+        "help": command("--help"),
+        "score one image": command("score", str(saved(bench)), *one),
+        "import torch": lambda: subprocess.run([sys.executable, "-c", "import torch"], check=True),
+    }
+    if (export := exported_to_onnx(bench)) is not None:
+        calls["score one image by an export"] = command("score", str(export), *one)
+    return {name: round(value, 3) for name, value in alternate(calls, repeats=turns).items()}
 
 
 def growth(bench: Bench, turns: int) -> dict[str, Any]:

@@ -37,15 +37,20 @@ GOALS = (
     Goal(
         "the same by the command `umiad score`, start-up included", "folder", "command, nothing written", 1.0
     ),
+    Goal("the same folder by an export to ONNX Runtime, loaded", "folder", "export, nothing written", 1.0),
+    Goal("the same by the command, start-up included", "folder", "export, command", 1.0),
     Goal("8 arrays of 256 px from Python", "arrays", "8, over r1", 1.0),
     Goal("8 arrays of 256 px from Python", "arrays", "8, over r2", 1.3, "x R2"),
     Goal("one array of 256 px from Python", "arrays", "1, over r1", 1.2),
     Goal("one array of 256 px from Python, preset quick", "arrays", "1, quick, over r1", 1.2),
     Goal("8 arrays of 256 px from Python, preset quick", "arrays", "8, quick, over r1", 1.0),
+    Goal("one array of 256 px from Python, export to ONNX Runtime", "arrays", "1, export, over r1", 1.2),
+    Goal("8 arrays of 256 px from Python, export to ONNX Runtime", "arrays", "8, export, over r1", 1.0),
     Goal("memory of scoring above the imports", "memory", "above the imports", 1000, "MB"),
     Goal("fit of the default on the normal images of busi", "fitting", "seconds", 180, "s"),
     Goal("`umiad --help`", "startup", "help", 0.3, "s"),
     Goal("`umiad score` of one image, cold", "startup", "score one image", 3.0, "s"),
+    Goal("the same by an export to ONNX Runtime", "startup", "score one image by an export", 3.0, "s"),
 )
 HEAD = """# Performance: where the time goes
 
