@@ -38,15 +38,22 @@ GOALS = {
     "score_peak_gb": 1.0,
 }
 IMAGES = 96
+REST = 0.1
+"""Seconds between two timed calls."""
 
 
 def alternate(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Median seconds of each call; the calls take turns, so that a busy machine slows all alike."""
+    """Median seconds of each call; the calls take turns, so that a busy machine slows all alike.
+
+    Before each there is a REST: the threads of another library spin for a while after their last work, and would
+    slow the next call.
+    """
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            time.sleep(REST)
             started = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - started)
