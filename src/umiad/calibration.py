@@ -29,7 +29,7 @@ from umiad.errors import ConfigError, InputError
 from umiad.types import Finding, Region
 
 NO_CALIBRATION = (
-    "the model was fitted with --holdout 0 and without --folds: no unseen normal images to compare with "
+    "the model was fitted with --holdout 0: no held-out normal images to compare with "
     "(umiad calibrate sets a threshold)"
 )
 

@@ -8,11 +8,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 import umiad
 from umiad import modelfile
@@ -65,18 +65,6 @@ class FitOptions(Config):
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
     compact_features: bool = False
 
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.folds == 1:
-            raise ValueError(
-                "folds 1: a fit without its only fold would have no image; expected 0, or 2 and more"
-            )
-        if self.folds and self.holdout and "holdout" in self.model_fields_set:
-            raise ValueError(
-                f"folds {self.folds} and holdout {self.holdout:g}: the threshold comes from one of them; give one"
-            )
-        return self
-
     @property
     def held_out(self) -> float:
         """Share of the training normals that the split sets aside."""
@@ -127,14 +115,11 @@ def fit_model(
 
     `groups`: extra groups (image name -> group) or a whole split to reproduce. With `out` the state is kept
     in `OUT.work` while fitting, so that `resume` can go on. No abnormal and no test image is shown to the
-    detector. Raises InputError before the first epoch when the data cannot be used.
+    detector. Raises InputError before the first epoch when the data cannot be used, ConfigError where `folds` make no
+    sense.
     """
     reporter = reporter or Silent()
-    if options.folds and not detector.info.closed_form:
-        raise ConfigError(
-            f"folds {options.folds}: {detector.info.name} is trained, and would be trained {options.folds + 1} times; "
-            "this is for closed forms, use a hold-out"
-        )
+    _check_folds(detector, options)
     if out is not None:
         if detector.info.not_saved:
             raise ConfigError(detector.info.not_saved)
@@ -160,6 +145,21 @@ def fit_model(
         model.save(out)
         work.remove()
     return model
+
+
+def _check_folds(detector: Detector, options: FitOptions) -> None:
+    """Raise ConfigError where folds make no sense, beside a hold-out, or for a detector that is trained."""
+    if options.folds == 1:
+        raise ConfigError("folds 1: without its only fold a fit has no image; expected 0, or 2 and more")
+    if options.folds and options.holdout and "holdout" in options.model_fields_set:
+        raise ConfigError(
+            f"folds {options.folds} and holdout {options.holdout:g}: the threshold comes from one of them; give one"
+        )
+    if options.folds and not detector.info.closed_form:
+        raise ConfigError(
+            f"folds {options.folds}: {detector.info.name} is trained, and would be trained {options.folds + 1} times; "
+            "folds are for closed forms, use a hold-out"
+        )
 
 
 def replace_device(options: FitOptions) -> FitOptions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -185,8 +185,9 @@ def fit(
     if backbone is not None:
         chosen["backbone"] = backbone
     built = api.build(detector, preset=preset, weights=weights, size=size, seed=seed, settings=chosen)
+    given: dict[str, Any] = {} if holdout is None else {"holdout": holdout}
     options = api.FitOptions(
-        **({} if holdout is None else {"holdout": holdout}),
+        **given,
         folds=folds,
         seed=seed,
         fpr=fpr,
