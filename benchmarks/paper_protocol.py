@@ -56,6 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "variant": "main",
     "size": 256,
     "holdout": 0.0,
+    "folds": 0,
     "equalise": None,
     "settings": {},
     "rescore": {},
@@ -102,6 +103,7 @@ CODE = commit()
 def run_key(run: dict[str, Any], *, data: str, weights: str, config: dict[str, Any]) -> str:
     """Name of a result: hash of all that decides it."""
     names = ("detector", "dataset", "variant", "seed", "holdout", "equalise")
+    names += ("folds",) if run["folds"] else ()  # results from before there were folds keep their names
     facts = {**{k: run[k] for k in names}, "data": data}
     return hashlib.sha256(
         canonical_json({**facts, "weights": weights, "config": config}).encode()
@@ -142,7 +144,9 @@ def execute(run: dict[str, Any], folder: Path, weights: str, *, scratch: Path | 
         return []
     dataset, started, written = load_data(folder), (time.monotonic(), time.process_time()), []
     with RichReporter(Console(stderr=True)) as reporter, tempfile.TemporaryDirectory(dir=scratch) as work:
-        options = FitOptions(holdout=run["holdout"], seed=run["seed"], equalise=run["equalise"])
+        options = FitOptions(
+            holdout=run["holdout"], folds=run["folds"], seed=run["seed"], equalise=run["equalise"]
+        )
         first = plan[run["variant"]][0]
         out = None if first.info.not_saved else Path(work) / "model"
         model = fit(first, dataset, options=options, out=out, reporter=reporter)
@@ -180,7 +184,8 @@ def judge_twice(
 ) -> Judged:
     """Score normals (for thresholds) and the test part, and judge both post-processings.
 
-    Thresholds come from the held-out normals, as a fit sets them; without a hold-out from the fitted ones.
+    Thresholds come from the held-out normals, or from folds, as a fit sets them; without either from the fitted ones.
+    The common post-processing has none by folds: a fit keeps their scores, not their maps.
     """
     started = time.monotonic()
     test = score_test(model, dataset, reporter=reporter)
@@ -196,7 +201,13 @@ def judge_twice(
         peaks = normals.maps.reshape(len(normals.maps), -1).max(axis=1)
         limits = {"image_threshold": quantile(normals.image_scores), "map_threshold": quantile(peaks)}
         rule = THRESHOLD_RULE
-        if held_out:
+        by_folds = model.config.calibration
+        if by_folds is not None and by_folds.source == "folds":
+            limits = {"image_threshold": by_folds.image_threshold, "map_threshold": by_folds.map_threshold}
+            rule = by_folds.rule
+            if name == "common":
+                limits, rule = {"image_threshold": None, "map_threshold": None}, "none"
+        elif held_out:
             set_ = fit_calibration(normals.image_scores.tolist(), peaks.tolist(), fpr=FPR, source="holdout")
             limits = {"image_threshold": set_.image_threshold, "map_threshold": set_.map_threshold}
             rule = set_.rule
@@ -238,6 +249,7 @@ def record(run: dict[str, Any], model: FittedModel, judged: Judged, *, data: str
         "variant",
         "seed",
         "holdout",
+        *(("folds",) if run["folds"] else ()),
         "size",
         "equalise",
         "fit_seconds",

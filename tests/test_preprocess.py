@@ -5,6 +5,7 @@ import PIL.Image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from make import grey_array
 from umiad.config import Preprocessing
@@ -209,6 +210,18 @@ def test_resize_map_stays_in_the_range_of_its_input(
     assert resized.dtype == np.float32
     assert resized.min() >= values.min()
     assert resized.max() <= values.max()
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_resize_map_enlarges_as_pillow_does(data: st.DataObject) -> None:
+    shape = data.draw(hnp.array_shapes(min_dims=2, max_dims=2, max_side=12))
+    values = data.draw(hnp.arrays(np.float32, shape, elements=st.floats(-100, 100, width=32)))
+    size = (data.draw(st.integers(shape[0], 40)), data.draw(st.integers(shape[1], 40)))
+    expected = PIL.Image.fromarray(values).resize(size[::-1], PIL.Image.Resampling.BILINEAR)
+    found = resize_map(values, size)
+    assert found.flags.c_contiguous
+    np.testing.assert_allclose(found, np.asarray(expected), rtol=0, atol=1e-6 * (1 + np.ptp(values)))
 
 
 def test_resize_map_is_linear_between_cells() -> None:

@@ -25,11 +25,11 @@ from umiad.errors import ConfigError, DiskError, InputError, TrainingError
 from umiad.interrupt import Interrupted
 from umiad.phantoms import draw_phantom
 from umiad.progress import Silent
-from umiad.splits import SplitEntry
+from umiad.splits import SplitEntry, fold_numbers
 from umiad.synthetic import FAMILIES
 from umiad.tuning import Candidate, TuneOptions, tune
 from umiad.tuning_candidates import as_toml, preset_candidates, read_candidates, setting_texts
-from umiad.tuning_folds import exhibits, fold_numbers, judge_fold, make_folds, shown_rows
+from umiad.tuning_folds import exhibits, judge_fold, make_folds, shown_rows
 from umiad.tuning_result import JUDGED, PARTS, SIZES
 from umiad.types import Scores
 

@@ -293,7 +293,7 @@ def test_the_proxy_is_judged_by_its_ranks(proxy, tmp_path):
     assert "no results yet" in table.caption
 
 
-def test_the_operating_point_is_that_of_runs_with_a_hold_out(win):
+def test_the_operating_point_is_that_of_runs_with_a_hold_out_and_by_folds(win):
     from operating_point import operating_blocks
 
     assert "foundation.toml" in operating_blocks([run()])[0].paragraphs[0]
@@ -301,11 +301,13 @@ def test_the_operating_point_is_that_of_runs_with_a_hold_out(win):
     kept["counts"] = {"n_normal": 10, "n_abnormal": 100}
     figures = {"det_sensitivity": 0.75, "det_specificity": 0.9}
     kept["metrics"] |= {key: {"value": value, "ci95": [0.5, 1.0]} for key, value in figures.items()}
-    [table] = operating_blocks([run(), kept])
-    [line] = table.rows
-    assert line[2] == "71 + 19"
-    assert line[4:6] == ("75.0 [50.0, 100.0]", "90.0 [50.0, 100.0]")
-    assert line[-1] == "w, abc"
+    folds = kept | {"variant": "folds", "n_train": 90, "n_holdout": 0}
+    [table] = operating_blocks([run(), folds, kept])
+    assert [line[1] for line in table.rows] == ["hold-out", "five folds"]
+    assert [line[3] for line in table.rows] == ["71 / 19", "90 / 90"]
+    for line in table.rows:
+        assert line[5:7] == ("75.0 [50.0, 100.0]", "90.0 [50.0, 100.0]")
+        assert line[-1] == "w, abc"
 
 
 def test_ideas_are_shown_as_differences_to_the_first(proxy, tmp_path):

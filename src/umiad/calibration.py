@@ -4,6 +4,11 @@ Split-conformal reasoning (Vovk et al., 2005; Lei et al., 2018): when n held-out
 normal image are exchangeable, the new score lies strictly above the ceil((n + 1)(1 - fpr))-th smallest
 held-out score with probability at most `fpr`, whatever the distribution. Nothing is above a threshold that
 merely equals it.
+
+With few normal images a hold-out leaves few scores. Scores by folds (source "folds") use them all: each image is
+scored by a fit without its fold, as in cross-conformal prediction (Vovk, 2015). Deviation: a new image is scored by the
+one model that was fitted on all of them, not by every fold's, so the rate is aimed at and no theorem keeps it; the
+folds' fits have seen fewer images, which makes their scores of unseen ones rather higher (docs/decisions/0012).
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +34,14 @@ NO_CALIBRATION = (
 )
 
 
+Source: TypeAlias = Literal["holdout", "folds", "calibrate"]
+
+
 class Calibration(Config):
     """What the scores of `n` normal images that the detector was not fitted on say about new images.
 
-    `source`: "holdout" (kept back from fitting) or "calibrate" (a site's own images); `fpr`: the wished
+    `source`: "holdout" (kept back from fitting), "folds" (each scored by a fit without its fold, see above) or
+    "calibrate" (a site's own images); `fpr`: the wished
     false-positive rate per image; `image_scores`, `map_maxima` [n], ascending; a new normal image is above
     `image_threshold`, or its map above `map_threshold` anywhere, with probability at most `fpr` each.
     `fpr_bound`: None, or, where n is too small for `fpr`, the 1 / (n + 1) that holds instead (the thresholds
@@ -41,7 +50,7 @@ class Calibration(Config):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    source: Literal["holdout", "calibrate"]
+    source: Source
     fpr: float = Field(gt=0, lt=1)
     n: int = Field(ge=1)
     image_scores: tuple[float, ...]
@@ -79,7 +88,7 @@ def fit_calibration(
     map_maxima: Sequence[float],
     *,
     fpr: float = 0.05,
-    source: Literal["holdout", "calibrate"],
+    source: Source,
 ) -> Calibration:
     """Thresholds from the image scores [n] and map maxima [n] of normal images the detector never saw.
 
@@ -108,15 +117,18 @@ def fit_calibration(
         image_threshold=scores[rank - 1],
         map_threshold=maxima[rank - 1],
         fpr_bound=bound,
-        rule=_rule(rank, n, fpr=fpr, bound=bound),
+        rule=_rule(rank, n, fpr=fpr, bound=bound, source=source),
     )
 
 
-def _rule(rank: int, n: int, *, fpr: float, bound: float | None) -> str:
-    rate = f"false-positive rate at most {fpr:g}"
+def _rule(rank: int, n: int, *, fpr: float, bound: float | None, source: Source) -> str:
+    folds = source == "folds"
+    kept = "about" if folds else "at most"
+    rate = f"false-positive rate {kept} {fpr:g}"
     if bound is not None:
-        rate = f"false-positive rate at most {bound:.3g}: too few images for {fpr:g}"
-    return f"normal quantile: number {rank} of {n} scores of unseen normal images in ascending order ({rate})"
+        rate = f"false-positive rate {kept} {bound:.3g}: too few images for {fpr:g}"
+    scored = "normal images, each scored by a fit without its fold," if folds else "unseen normal images"
+    return f"normal quantile: number {rank} of {n} scores of {scored} in ascending order ({rate})"
 
 
 def _ascending(values: Sequence[float], name: str) -> tuple[float, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from umiad.fitted import FittedModel, SavedConfig
 from umiad.inputs import iter_images
 from umiad.preprocess import check_usable, original_size, to_input
 from umiad.progress import Reporter, Silent
-from umiad.splits import Split, make_split
+from umiad.splits import Split, fold_numbers, make_split
 from umiad.training import LOG, Row, TrainingRun, train
 from umiad.types import NORMAL, Case, FileOptions, Image
 from umiad.workfolder import WorkFolder
@@ -41,14 +42,17 @@ Data: TypeAlias = str | os.PathLike[str] | DataSet | np.ndarray | Sequence[np.nd
 class FitOptions(Config):
     """How `fit` treats the data; the detector's own settings are in its configuration.
 
-    `holdout`: share of the training normals set aside for the threshold (0 = none). `fpr`: false-positive
-    rate of the threshold. `on_error` "fail" refuses unreadable files, "skip" leaves them out and names them.
-    `equalise`: see `Preprocessing`. `skip_nonfinite`: so many batches with a loss that is not finite are left out
-    and named before training stops. `files`: how files are found and opened. `memory_limit`: bytes of features kept
-    in memory before they go to disk; `compact_features`: keep them in float16, half the room (see `FeatureCache`).
+    `holdout`: share of the training normals set aside for the threshold (0 = none). `folds`: instead, fit on all of
+    them, and take the threshold from as many further fits, each of which scores the fold that it does without (0 =
+    none; closed forms only; not together with `holdout`). `fpr`: false-positive rate of the threshold. `on_error`
+    "fail" refuses unreadable files, "skip" leaves them out and names them. `equalise`: see `Preprocessing`.
+    `skip_nonfinite`: so many batches with a loss that is not finite are left out and named before training stops.
+    `files`: how files are found and opened. `memory_limit`: bytes of features kept in memory before they go to disk;
+    `compact_features`: keep them in float16, half the room (see `FeatureCache`).
     """
 
     holdout: float = Field(default=0.2, ge=0, lt=0.9)
+    folds: int = Field(default=0, ge=0, le=100)
     seed: int = Field(default=0, ge=0)
     fpr: float = Field(default=0.05, gt=0, lt=1)
     colour: Literal["grey", "rgb"] = "grey"
@@ -60,6 +64,11 @@ class FitOptions(Config):
     files: FileOptions = FileOptions()
     memory_limit: int = Field(default=MEMORY_LIMIT, ge=0)
     compact_features: bool = False
+
+    @property
+    def held_out(self) -> float:
+        """Share of the training normals that the split sets aside."""
+        return 0.0 if self.folds else self.holdout
 
 
 @dataclass(frozen=True)
@@ -106,9 +115,11 @@ def fit_model(
 
     `groups`: extra groups (image name -> group) or a whole split to reproduce. With `out` the state is kept
     in `OUT.work` while fitting, so that `resume` can go on. No abnormal and no test image is shown to the
-    detector. Raises InputError before the first epoch when the data cannot be used.
+    detector. Raises InputError before the first epoch when the data cannot be used, ConfigError where `folds` make no
+    sense.
     """
     reporter = reporter or Silent()
+    _check_folds(detector, options)
     if out is not None:
         if detector.info.not_saved:
             raise ConfigError(detector.info.not_saved)
@@ -134,6 +145,21 @@ def fit_model(
         model.save(out)
         work.remove()
     return model
+
+
+def _check_folds(detector: Detector, options: FitOptions) -> None:
+    """Raise ConfigError where folds make no sense, beside a hold-out, or for a detector that is trained."""
+    if options.folds == 1:
+        raise ConfigError("folds 1: without its only fold a fit has no image; expected 0, or 2 and more")
+    if options.folds and options.holdout and "holdout" in options.model_fields_set:
+        raise ConfigError(
+            f"folds {options.folds} and holdout {options.holdout:g}: the threshold comes from one of them; give one"
+        )
+    if options.folds and not detector.info.closed_form:
+        raise ConfigError(
+            f"folds {options.folds}: {detector.info.name} is trained, and would be trained {options.folds + 1} times; "
+            "folds are for closed forms, use a hold-out"
+        )
 
 
 def replace_device(options: FitOptions) -> FitOptions:
@@ -229,8 +255,14 @@ def _split(
             raise InputError(
                 dataset.root, f"{len(missing)} images of the given split are not there (compared by content)"
             )
+        if options.folds and (kept := len(groups.part("holdout"))):
+            raise InputError(
+                dataset.root,
+                f"folds {options.folds}, but the given split holds {kept} images out; expected one that holds none",
+                "make it with --holdout 0, or fit without folds",
+            )
         return groups
-    return make_split(dataset, prints, seed=options.seed, holdout=options.holdout, groups=groups)
+    return make_split(dataset, prints, seed=options.seed, holdout=options.held_out, groups=groups)
 
 
 def _run_facts(job: _Job, split: Split) -> dict[str, object]:
@@ -241,6 +273,7 @@ def _run_facts(job: _Job, split: Split) -> dict[str, object]:
         "preprocessing": job.preprocessing.canonical(),
         "split": split.digest,
         "compact_features": job.options.compact_features,
+        **({"folds": job.options.folds} if job.options.folds else {}),
     }
 
 
@@ -267,9 +300,10 @@ def _fit(job: _Job, material: _Material, *, folder: Path | None, resume: bool) -
             on_note=job.reporter.note,
             skip_nonfinite=job.options.skip_nonfinite,
         )
+        unseen = _scores_by_folds(job, material, run) if options.folds else []
         rows = train(job.detector, run, resume=resume)
         job.detector.module.to(job.options.device)
-        return _assemble(job, material, run, rows)
+        return _assemble(job, material, run, rows, unseen)
 
 
 def _items(keys: Sequence[str], material: _Material, preprocessing: Preprocessing) -> Iterator[Item]:
@@ -278,20 +312,44 @@ def _items(keys: Sequence[str], material: _Material, preprocessing: Preprocessin
         yield key, to_input(image, preprocessing), original_size(image, preprocessing)
 
 
-def _assemble(job: _Job, material: _Material, run: TrainingRun, rows: list[Row]) -> FittedModel:
-    """Calibrate on the held-out normals and put the model together."""
-    held_out = _raw_scores(job.detector, run, run.holdout)
+def _scores_by_folds(job: _Job, material: _Material, run: TrainingRun) -> list[tuple[float, float]]:
+    """(image score, map maximum) of every image to fit on, by a copy of the detector fitted without its fold."""
+    folds = job.options.folds
+    numbers = fold_numbers(material.split.part("train"), folds, seed=job.options.seed)
+    found = [(0.0, 0.0)] * len(numbers)
+    for fold in range(folds):
+        job.reporter.stage("fits for the threshold", fold, folds)
+        detector = copy.deepcopy(job.detector)
+        left_out = [place for place, number in enumerate(numbers) if number == fold]
+        fitted = [place for place, number in enumerate(numbers) if number != fold]
+        train(detector, replace(run, train=fitted, holdout=(), folder=None, on_epoch=None))
+        detector.module.to(job.options.device)
+        for place, scores in zip(left_out, _raw_scores(detector, run, left_out), strict=True):
+            found[place] = scores
+    job.reporter.stage("fits for the threshold", folds, folds)
+    return found
+
+
+def _assemble(
+    job: _Job,
+    material: _Material,
+    run: TrainingRun,
+    rows: list[Row],
+    unseen: Sequence[tuple[float, float]],
+) -> FittedModel:
+    """Calibrate on the scores `unseen` by folds, or on the held-out normals, and put the model together."""
+    held_out = unseen or _raw_scores(job.detector, run, run.holdout)
     calibration = None
     if held_out:
         calibration = fit_calibration(
             [score for score, _ in held_out],
             [peak for _, peak in held_out],
             fpr=job.options.fpr,
-            source="holdout",
+            source="folds" if unseen else "holdout",
         )
         if calibration.fpr_bound is not None:
             job.reporter.note(
-                f"{len(held_out)} held-out normal images bound the false-positive rate at "
+                f"{len(held_out)} unseen normal images bound the false-positive rate at "
                 f"{calibration.fpr_bound:.3f}, not {job.options.fpr}: more normal images are needed"
             )
     config = SavedConfig(
@@ -325,6 +383,7 @@ def _provenance(job: _Job, material: _Material, rows: list[Row]) -> dict[str, st
         "layout": dataset.layout,
         "n_train": len(split.part("train")),
         "n_holdout": len(split.part("holdout")),
+        **({"folds": job.options.folds} if job.options.folds else {}),
         "epochs": 0 if job.detector.info.closed_form else config.training.epochs,
         "seed": config.seed,
         "split_seed": split.seed,

@@ -93,8 +93,12 @@ def from_array(array: np.ndarray, *, name: str = "array") -> list[Image]:
 
 def resize_map(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize a map [h,w] to `size` = (H, W) -> float32 [H,W], bilinear, within the range of its input."""
-    resized = _resize(anomaly_map, size)
-    return np.clip(resized, np.float32(anomaly_map.min()), np.float32(anomaly_map.max()))
+    values = np.ascontiguousarray(anomaly_map, dtype=np.float32)
+    if size[0] >= values.shape[0] and size[1] >= values.shape[1]:
+        resized = np.ascontiguousarray(_enlarge(_enlarge(values, size[0]).T, size[1]).T)
+    else:
+        resized = _resize(values, size)
+    return np.clip(resized, values.min(), values.max(), out=resized)
 
 
 def resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -107,6 +111,22 @@ def _resize(channel: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h,w] -> float32 [H,W]: bilinear when enlarging, a triangle filter over the source when shrinking."""
     picture = PIL.Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32))
     return np.array(picture.resize(size[::-1], Resampling.BILINEAR))
+
+
+def _enlarge(rows: np.ndarray, count: int) -> np.ndarray:
+    """[h,w] -> [count,w], count >= h: linear between the centres of rows, constant beyond the outermost.
+
+    What `_resize` does along one axis, up to rounding, at a fraction of its time: every scored image waits for it.
+    """
+    rows, last = np.ascontiguousarray(rows), len(rows) - 1
+    places = np.clip((np.arange(count) + 0.5) * (len(rows) / count) - 0.5, 0, last)
+    first = places.astype(np.intp)
+    share = (places - first).astype(np.float32)[:, None]
+    found, above = rows[first], rows[np.minimum(first + 1, last)]
+    found *= 1 - share
+    above *= share
+    found += above
+    return found
 
 
 def _equalised(pixels: np.ndarray, edge: int, size: int) -> np.ndarray:

@@ -43,11 +43,11 @@ from umiad.fitting import (
 from umiad.preprocess import original_size, to_input
 from umiad.progress import Reporter, Silent
 from umiad.scorer import BATCH_SIZE
-from umiad.splits import Split, SplitEntry
+from umiad.splits import Split, SplitEntry, fold_numbers
 from umiad.strictjson import dump_bytes, load_object
 from umiad.training import Row
 from umiad.tuning_candidates import Candidate, check_names
-from umiad.tuning_folds import Fold, exhibits, fold_numbers, judge_fold, make_folds, shown_rows
+from umiad.tuning_folds import Fold, exhibits, judge_fold, make_folds, shown_rows
 from umiad.tuning_result import Exhibit, FoldResult, Result, TuneOptions, Tuning, ranked
 from umiad.types import NORMAL, Case, FileOptions, Image
 

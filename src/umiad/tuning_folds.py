@@ -10,9 +10,8 @@ import numpy as np
 
 from umiad.bootstrap import resample_scores
 from umiad.comparison_result import COMPARED
-from umiad.errors import InputError
 from umiad.metrics import det_auroc, evaluate_maps, measure
-from umiad.splits import SplitEntry
+from umiad.splits import SplitEntry, fold_numbers
 from umiad.synthetic import FAMILIES, SyntheticAnomaly, synthetic_set
 from umiad.tuning_result import PARTS, SIZES, Exhibit, TuneOptions
 
@@ -45,35 +44,6 @@ class Fold:
             return np.array([each.family == part for each in self.anomalies])
         low, high = SIZES[part]
         return np.array([low <= each.area < high for each in self.anomalies])
-
-
-def fold_numbers(entries: Sequence[SplitEntry], folds: int, *, seed: int) -> list[int]:
-    """The fold (0 to folds - 1) of each image; images of one group share it, every fold has 2 groups or more.
-
-    Rounds of `folds` groups, the largest groups first and equal ones in an order drawn by `seed`: in each round the
-    largest goes to the fold that has the fewest images so far. Raises InputError below 2 * folds groups.
-    """
-    members: dict[tuple[str, str], list[int]] = {}
-    for place, entry in enumerate(entries):
-        key = ("group", entry.group) if entry.group else ("name", entry.name)
-        members.setdefault(key, []).append(place)
-    if len(members) < 2 * folds:
-        reason = (
-            f"{len(entries)} normal images to train on, in {len(members)} groups that stay together (duplicates, "
-            f"patients); {folds} folds need at least {2 * folds} groups"
-        )
-        raise InputError("normal images", reason, "fewer folds, or more normal images")
-    groups = list(members.values())
-    drawn = np.random.PCG64(np.random.SeedSequence((seed, 2))).random_raw(len(groups))
-    order = sorted(range(len(groups)), key=lambda index: (-len(groups[index]), int(drawn[index])))
-    found, images = [0] * len(entries), [0] * folds
-    for start in range(0, len(order), folds):
-        emptiest = sorted(range(folds), key=lambda fold: images[fold])
-        for fold, index in zip(emptiest, order[start : start + folds], strict=False):
-            images[fold] += len(groups[index])
-            for place in groups[index]:
-                found[place] = fold
-    return found
 
 
 def make_folds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -102,7 +102,26 @@ def fit(
     size: Size = 256,
     epochs: Epochs = None,
     seed: Seed = 0,
-    holdout: Holdout = 0.2,
+    holdout: Annotated[
+        float | None,
+        typer.Option(
+            "--holdout",
+            min=0.0,
+            max=0.89,
+            help="Share of training normals kept for the threshold (default: 0.2); 0 = none.",
+        ),
+    ] = None,
+    folds: Annotated[
+        int,
+        typer.Option(
+            "--folds",
+            min=0,
+            max=100,
+            metavar="K",
+            help="Instead of a hold-out: fit on all normals, and take the threshold from K further fits, each "
+            "scoring the fold it does without. For closed forms, such as the default; 5 is usual.",
+        ),
+    ] = 0,
     weights: Weights = "imagenet",
     backbone: Annotated[
         Literal["resnet18", "resnet34", "resnet50"] | None,
@@ -166,8 +185,10 @@ def fit(
     if backbone is not None:
         chosen["backbone"] = backbone
     built = api.build(detector, preset=preset, weights=weights, size=size, seed=seed, settings=chosen)
+    given: dict[str, Any] = {} if holdout is None else {"holdout": holdout}
     options = api.FitOptions(
-        holdout=holdout,
+        **given,
+        folds=folds,
         seed=seed,
         fpr=fpr,
         colour=colour,
@@ -190,7 +211,8 @@ def fit(
             built, data, options, groups=grouped, out=out, resume=resume, reporter=reporter
         )
     facts = model.info
-    typer.echo(f"saved {out}: {facts['n_train']} normal images fitted, {facts['n_holdout']} held out")
+    unseen = f"{folds} further fits for the threshold" if folds else f"{facts['n_holdout']} held out"
+    typer.echo(f"saved {out}: {facts['n_train']} normal images fitted, {unseen}")
     typer.echo(f"threshold: {threshold_text(facts)}")
 
 
