@@ -8,11 +8,9 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -34,7 +32,7 @@ if TYPE_CHECKING:
     from umiad.bfloat16 import Precision
     from umiad.fitted import FittedModel
 
-READ_AHEAD, WRITE_BEHIND = 16, 4
+READ_AHEAD = 16
 MEGABYTE = 1_000_000
 DEFAULT_FILES = FileOptions(frames="all")
 
@@ -247,48 +245,15 @@ class FileScorer:
         todo = [(index, work.files[index]) for index in own[done:]]
         writer = Writer(self._model, root, self._outputs)
         steps = _ahead(_steps(todo, self._model.file_options(self._files)))
-
-        def results() -> Iterator[tuple[str, str, Callable[[], FileRecord]]]:
-            """Of every file its name, its stem, and what writes its results."""
-            for step in _finished(self._model, steps, self._outputs.min_area):
-                record = _record(step)
-                name, stem = naming(record)
-                if step.volume is None or step.error is not None:
-                    yield name, stem, partial(_as_it_is, record)
-                else:
-                    yield name, stem, partial(writer.write, record, step.volume, stem)
-
-        for name, stem, record in _written(results()):
+        for step in _finished(self._model, steps, self._outputs.min_area):
+            record = _record(step)
+            name, stem = naming(record)
+            if step.volume is not None and step.error is None:
+                record = writer.write(record, step.volume, stem)
             journal.add(record)
             yield record, name, stem
             done += 1
             self._reporter.stage("scoring", done, total)
-
-
-def _as_it_is(record: FileRecord) -> FileRecord:
-    return record
-
-
-def _written(
-    results: Iterator[tuple[str, str, Callable[[], FileRecord]]],
-) -> Iterator[tuple[str, str, FileRecord]]:
-    """The same in their order, once they are written: by a thread that is up to WRITE_BEHIND of them behind.
-
-    Drawing and packing a picture takes as long as scoring it, and both let other threads run.
-    """
-    waiting: deque[tuple[str, str, Future[FileRecord]]] = deque()
-    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="umiad-writer")
-    try:
-        for name, stem, write in results:
-            waiting.append((name, stem, pool.submit(write)))
-            while waiting and (len(waiting) > WRITE_BEHIND or waiting[0][2].done()):
-                first, its_stem, written = waiting.popleft()
-                yield first, its_stem, written.result()
-        while waiting:
-            first, its_stem, written = waiting.popleft()
-            yield first, its_stem, written.result()
-    finally:
-        pool.shutdown(cancel_futures=True)  # waits for the one being written
 
 
 def _finished(model: Scorer, steps: Iterator[_Step], min_area: int) -> Iterator[_Step]:
