@@ -38,7 +38,7 @@ demo: setup
 
 # Two processes of one thread each: small tensors gain nothing from threads.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 check: setup
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ SETTINGS = {("posgauss", "quick"): {"scales": [2]}, ("egmf", "paper"): {"blocks"
 """Settings beside a preset: of a random network, 4 x 4 cells of scale 3 cannot tell posgauss where a blob is."""
 TOO_SMALL = {"rd4ad-quick-blob", "rd4ad-quick-localises"}
 """Checks that fail on the features of the tiny network, or pass after a minute only."""
+SLOW = {"medvit"}
+"""Detectors whose battery takes a quarter of all the others' together: in `make slow`; they have tests of their own."""
 DESIGNS = [*((name, "quick") for name in detectors.names()), ("egmf", "default"), ("egmf", "paper")]
 """Every detector, and what another preset of it builds: egmf's flows with their second view, and its network."""
 
@@ -24,7 +26,8 @@ def candidates():
         if not detectors.detector_class(name).info.uses_backbone:
             yield pytest.param((name, preset, "resnet18"), id=f"{name}-{preset}")
             continue
-        yield pytest.param((name, preset, "resnet-tiny"), id=f"{name}-{preset}")
+        marks = [pytest.mark.slow] if name in SLOW else []
+        yield pytest.param((name, preset, "resnet-tiny"), id=f"{name}-{preset}", marks=marks)
         yield pytest.param((name, preset, "resnet18"), id=f"{name}-{preset}-resnet18", marks=pytest.mark.slow)
 
 

@@ -61,6 +61,7 @@ def check_kills(folder, *, seed, delays, points):
     return result
 
 
+@pytest.mark.slow  # half a minute; resumed runs of the loop are compared to the bit in test_training
 def test_T1_killed_and_resumed_three_times_ends_bit_equal(tmp_path):
     check_kills(tmp_path / "job", seed=1, delays=1, points=2)
 

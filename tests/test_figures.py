@@ -186,6 +186,7 @@ def test_cells_at_the_border_and_elsewhere_do_not_meet(scripts):
     assert not (at & away).any()
 
 
+@pytest.mark.slow
 def test_gates_are_drawn_and_add_up_to_one(scripts, job, tmp_path):
     job = scripts.common.Job(
         job.data, "random", job.models, size=SIZE, settings={"blocks": 2, "training": {"epochs": 1}}
@@ -207,6 +208,7 @@ def test_gates_need_lesions(scripts, job):
         scripts.gates.gates(job, "busi", "ablation")
 
 
+@pytest.mark.slow
 def test_the_script_records_one_figure_beside_the_others(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr(scripts.figures, "load_results", lambda: [result("busi", "padim", "default", 0, 0.8)])
     scripts.figures.record("3", {"weights": "random"})

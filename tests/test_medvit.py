@@ -176,6 +176,7 @@ def test_the_monitor_tells_how_well_the_versions_are_told_apart():
     assert detector.monitor(more) == detector.monitor({"image": more["image"][:8]})
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_bit_equal(tmp_path):
     cache = FeatureCache([str(k) for k in range(3)])
     images = enumerate(clean_images(3, size=SIZE).numpy())
