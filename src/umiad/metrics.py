@@ -153,7 +153,7 @@ def rank_pixels(maps: Any, masks: Any) -> Ranking:
 
 
 def _rank(negative: Array, positive: Array, areas: NDArray[np.uint32], n_regions: int) -> Ranking:
-    """Rank scores; all arrays are sorted in place; `areas`: pixels in the region of each positive."""
+    """Rank scores; the arrays given are overwritten; `areas`: pixels in the region of each positive."""
     with ThreadPoolExecutor(THREADS) as pool:
         sorting = pool.submit(negative.sort)
         keys, areas = descending(keys_of(positive), areas)
