@@ -90,9 +90,19 @@ def test_trained_detectors_are_refused(data):
         umiad.fit(detector("fastflow"), data, options=FitOptions(folds=FOLDS))
 
 
-def test_too_few_images_for_the_folds(data):
+def test_too_few_images_for_the_folds_are_told_before_any_work(data, tmp_path, monkeypatch):
+    built = detector()
+    monkeypatch.setattr(built, "prepare", None)  # not called
     with pytest.raises(InputError, match="fewer folds, or more normal images"):
-        umiad.fit(detector(), data, options=FitOptions(folds=20))
+        umiad.fit(built, data, options=FitOptions(folds=20), out=tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["patchcore", "egmf", "intensity", "size"])
+def test_other_closed_forms_are_fitted_by_folds(name, data):
+    made = umiad.fit(detector(name), data, options=FitOptions(folds=2))
+    assert made.config.calibration.n == len(made.split.part("train"))
+    assert all(np.isfinite(made.config.calibration.image_scores))
 
 
 def test_a_given_split_that_holds_out_is_refused(data):

@@ -41,9 +41,9 @@ class Calibration(Config):
     """What the scores of `n` normal images that the detector was not fitted on say about new images.
 
     `source`: "holdout" (kept back from fitting), "folds" (each scored by a fit without its fold, see above) or
-    "calibrate" (a site's own images); `fpr`: the wished
-    false-positive rate per image; `image_scores`, `map_maxima` [n], ascending; a new normal image is above
-    `image_threshold`, or its map above `map_threshold` anywhere, with probability at most `fpr` each.
+    "calibrate" (a site's own images); `fpr`: the wished false-positive rate per image; `image_scores`, `map_maxima`
+    [n], ascending; a new normal image is above `image_threshold`, or its map above `map_threshold` anywhere, with
+    probability at most `fpr` each (by folds: about `fpr`).
     `fpr_bound`: None, or, where n is too small for `fpr`, the 1 / (n + 1) that holds instead (the thresholds
     are then the largest scores). `rule`: how the thresholds were chosen, for people.
     """
@@ -72,7 +72,7 @@ class Calibration(Config):
     def p_value(self, score: float) -> float:
         """(1 + number of held-out normal images that score at least as high) / (n + 1), in 1/(n+1)..1.
 
-        For a new normal image P(p_value <= a) <= a. Raises InputError when `score` is NaN.
+        For a new normal image P(p_value <= a) <= a (by folds: about a). Raises InputError when `score` is NaN.
         """
         _check_number(score, "image score")
         return (1 + self.n - bisect_left(self.image_scores, score)) / (self.n + 1)

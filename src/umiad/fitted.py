@@ -116,7 +116,7 @@ class FittedModel(Scorer):
             f"Method: {kind.reference} (fidelity: {kind.fidelity}).\n\n"
             f"| fact | value |\n| --- | --- |\n{rows}\n\n"
             "Scores rise with abnormality and are no probabilities. The p-value of an image is the share of "
-            "held-out normal images that score at least as high; it holds for images of the same kind and "
+            "unseen normal images that score at least as high; it holds for images of the same kind and "
             "acquisition as the normal images the model was fitted on. Everything that differs from those is "
             "unusual to it: another scanner, a marker, a harmless variant.\n"
         )

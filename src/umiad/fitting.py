@@ -83,11 +83,12 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Material:
-    """The readable part of a data set, its split, and its cases by content hash."""
+    """The readable part of a data set, its split, its cases by content hash, and the fold of each training image."""
 
     dataset: DataSet
     split: Split
     cases: Mapping[str, Case]
+    folds: Sequence[int] = ()
 
 
 def resolve_device(name: str) -> str:
@@ -137,7 +138,8 @@ def fit_model(
     dataset, prints = _readable(dataset, job)
     split = _split(dataset, prints, options, groups)
     by_hash = {each.sha256: case for each, case in zip(prints, dataset.cases, strict=True)}
-    material = _Material(dataset, split, by_hash)
+    folds = fold_numbers(split.part("train"), options.folds, seed=options.seed) if options.folds else ()
+    material = _Material(dataset, split, by_hash, folds)
     if out is None:
         return _fit(job, material, folder=None, resume=False)
     with WorkFolder(out, _run_facts(job, split), resume=resume, on_note=reporter.note) as work:
@@ -314,8 +316,7 @@ def _items(keys: Sequence[str], material: _Material, preprocessing: Preprocessin
 
 def _scores_by_folds(job: _Job, material: _Material, run: TrainingRun) -> list[tuple[float, float]]:
     """(image score, map maximum) of every image to fit on, by a copy of the detector fitted without its fold."""
-    folds = job.options.folds
-    numbers = fold_numbers(material.split.part("train"), folds, seed=job.options.seed)
+    folds, numbers = job.options.folds, material.folds
     found = [(0.0, 0.0)] * len(numbers)
     for fold in range(folds):
         job.reporter.stage("fits for the threshold", fold, folds)

@@ -256,7 +256,7 @@ def _findings_table(ranked: Sequence[Finding]) -> Table:
         for finding in ranked
     ]
     header = ("File", "Score", "p-value", "Above threshold", "Regions", "Largest region (pixels)")
-    caption = "Higher = more anomalous. p-value: share of held-out normal images scoring at least as high."
+    caption = "Higher = more anomalous. p-value: share of unseen normal images scoring at least as high."
     return Table("All images", header, rows, caption)
 
 
