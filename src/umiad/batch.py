@@ -343,7 +343,8 @@ def _ahead(steps: Iterator[_Step]) -> Iterator[_Step]:
             yield item
     finally:
         stopped.set()
-        reader.join()
+        if threading.current_thread() is not reader:  # it may be what collects a run that was given up
+            reader.join()
 
 
 def _peak_memory() -> Memory | None:
